@@ -1,0 +1,219 @@
+"""The legacy face: flytekit's checkpointer, in Flyte 2's storage format.
+
+Replaces `flytekit.core.checkpointer`: same names, signatures and behaviour.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import IO, cast
+
+from flytekit_ckpt import adapter, layout, storage
+
+
+class Checkpoint(ABC):
+    """What a task can do with its checkpoint (flytekit: `flytekit.Checkpoint`)."""
+
+    @abstractmethod
+    def prev_exists(self) -> bool:
+        """Tell whether an earlier attempt's checkpoint was named to this one; it may turn out not to be there."""
+
+    @abstractmethod
+    def restore(self, path: Path | str) -> Path | None:
+        """Restore the earlier attempt's files into a folder; see `SyncCheckpoint.restore`."""
+
+    @abstractmethod
+    def save(self, cp: Path | str | io.BufferedReader) -> None:
+        """Save a file, a folder or what a binary reader gives; see `SyncCheckpoint.save`."""
+
+    @abstractmethod
+    def read(self) -> bytes | None:
+        """Return the earlier attempt's bytes; see `SyncCheckpoint.read`."""
+
+    @abstractmethod
+    def write(self, b: bytes) -> None:
+        """Save bytes; see `SyncCheckpoint.write`."""
+
+
+class SyncCheckpoint(Checkpoint):
+    """The checkpoint of one task attempt, saved and restored while the caller waits.
+
+    Takes the place of `flytekit.core.checkpointer.SyncCheckpoint`. Everything saved through one instance accumulates in
+    one object, which `flyte.Checkpoint` and `flytekit_ckpt.v2.Checkpoint` can load. An instance may be used from
+    several threads.
+
+    Parameters
+    ----------
+    checkpoint_dest : str
+        URI or path of the object that this attempt saves to. Parents are created.
+    checkpoint_src : str, optional
+        URI or path of the object that the previous attempt saved, or of the folder that flytekit 1 saved. Blank, or a
+        pair of quotes, means that there was none.
+    storage_options : mapping, keyword only, optional
+        Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
+
+    Examples
+    --------
+    >>> cp = SyncCheckpoint("/tmp/counter/attempt-1")
+    >>> cp.write(b"5")
+    >>> SyncCheckpoint("/tmp/counter/attempt-2", "/tmp/counter/attempt-1").read()
+    b'5'
+    """
+
+    SRC_LOCAL_FOLDER = "prev_cp"
+    TMP_DST_PATH = layout.LEGACY_PAYLOAD_NAME
+
+    def __init__(
+        self,
+        checkpoint_dest: str,
+        checkpoint_src: str | None = None,
+        *,
+        storage_options: storage.StorageOptions | None = None,
+    ) -> None:
+        self._checkpoint_dest = os.fspath(checkpoint_dest)
+        self._checkpoint_src = layout.named_source(checkpoint_src)
+        self._storage_options = storage_options
+        self._destination = adapter.Destination(self._checkpoint_dest, storage_options)
+        self._restored: Path | None = None
+        self._restored_names: list[str] = []
+        self._was_read = False
+        self._lock = threading.RLock()
+
+    def prev_exists(self) -> bool:
+        """Tell whether a source was given; whether a checkpoint is there, only `read` or `restore` can tell."""
+        return self._checkpoint_src is not None
+
+    def restore(self, path: Path | str | None = None) -> Path | None:
+        """Restore the previous attempt's checkpoint, all of it or nothing.
+
+        Bytes that were written are the file `_dst_cp`. Files of the same names are replaced, others stay.
+
+        Parameters
+        ----------
+        path : pathlib.Path or str, optional
+            An existing folder to restore into; a temporary one, kept as long as this instance, if not given.
+
+        Returns
+        -------
+        pathlib.Path or None
+            The folder; `None` if there is no previous checkpoint. Once restored, further calls restore nothing and
+            return the first folder, whatever their `path`; as in flytekit, `read` counts as a call without a path.
+
+        Raises
+        ------
+        ValueError
+            If `path` is not an existing folder.
+        CorruptCheckpointError
+            If the checkpoint is damaged or unsafe to restore.
+        StorageError
+            If it cannot be read, or the folder cannot be written.
+        """
+        with self._lock:
+            if self._checkpoint_src is None or self._restored is not None:
+                return self._restored
+            folder = None if path is None or self._was_read else Path(path)
+            if folder is not None and not folder.is_dir():
+                message = "Checkpoints can be restored to a directory only."
+                raise ValueError(message)
+            found = layout.get(self._checkpoint_src, self._storage_options)
+            if found is None:
+                layout.log_nothing(self._checkpoint_src)
+                return None
+            if folder is None:
+                folder = layout.workspace(self, "flytekit_ckpt-") / self.SRC_LOCAL_FOLDER
+                folder.mkdir()
+            self._restored_names = layout.restore(self._checkpoint_src, found, self.TMP_DST_PATH, folder)
+            self._restored = folder
+            return folder
+
+    def save(self, cp: Path | str | io.BufferedReader) -> None:
+        """Add to this attempt's checkpoint, and store it.
+
+        A file is kept under its name, what a reader gives as `_dst_cp`. Folders are merged file by file, what is saved
+        later winning; a folder saved again replaces what it held before.
+
+        Parameters
+        ----------
+        cp : pathlib.Path, str or binary reader
+            A file, a folder, or a reader, which is read from its position to its end and left open.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the path is not there.
+        TypeError
+            If the reader gives text.
+        ValueError
+            If `cp` is of another type, or a path to neither a file nor a folder.
+        StorageError
+            If it cannot be stored; what was stored before stays.
+        CheckpointError
+            If a file shrinks or vanishes while it is being saved; what was stored before stays.
+        """
+        if isinstance(cp, (str, Path)):
+            path = Path(cp)
+            if path.is_dir():
+                self._destination.save_folder(path)
+            elif path.is_file():
+                self._destination.save_file(path)
+            else:
+                raise layout.not_savable(path)
+        elif isinstance(cp, io.TextIOBase):
+            message = "a checkpoint is bytes, but the reader gives text: open it in binary mode"
+            raise TypeError(message)
+        elif isinstance(cp, io.IOBase):
+            self._destination.save_reader(cast("IO[bytes]", cp))
+        else:
+            message = f"Only a valid path or IOBase type (reader) should be provided, received {type(cp)}"
+            raise ValueError(message)  # noqa: TRY004 - flytekit's error for it
+
+    def read(self) -> bytes | None:
+        """Return the content of the previous attempt's single entry.
+
+        Returns
+        -------
+        bytes or None
+            `None` if there is no previous checkpoint, or one without any entry.
+
+        Raises
+        ------
+        ValueError
+            If the checkpoint has more than one entry.
+        IsADirectoryError
+            If its entry is a folder.
+        CorruptCheckpointError, StorageError
+            As for `restore`.
+        """
+        with self._lock:
+            if self._checkpoint_src is None:
+                return None
+            if self._restored is not None:
+                adapter.check_single(self._checkpoint_src, self._restored_names)
+                return (self._restored / self._restored_names[0]).read_bytes() if self._restored_names else None
+            found = layout.get(self._checkpoint_src, self._storage_options)
+            if found is None:
+                layout.log_nothing(self._checkpoint_src)
+                return None
+            self._was_read = True
+            return adapter.read_single(self._checkpoint_src, found)
+
+    def write(self, b: bytes) -> None:
+        """Add bytes to this attempt's checkpoint as `_dst_cp`, in place of those written before, and store it.
+
+        Parameters
+        ----------
+        b : bytes-like
+            What `read` will return to the next attempt.
+
+        Raises
+        ------
+        TypeError
+            If `b` is not bytes-like.
+        StorageError
+            If it cannot be stored; what was stored before stays.
+        """
+        self._destination.save_bytes(layout.as_bytes(b))

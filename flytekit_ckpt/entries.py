@@ -1,0 +1,337 @@
+"""Entries of an archive: files, folders and links, taken from the local disk and written to it.
+
+Nothing here knows how an archive is encoded or where it is stored.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import stat
+import tarfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+
+CHUNK_SIZE = 1 << 20
+"""Bytes of file content read, inflated or written at a time."""
+
+PART_KEY = "flytekit_ckpt.part"
+"""PAX keyword naming the part (one saved file or folder) that an entry came from; absent for part 0."""
+
+PAYLOAD_KEY = "flytekit_ckpt.payload"
+"""PAX keyword on the single member of an archive that wraps a payload."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file, folder or link of an archive.
+
+    Attributes
+    ----------
+    info : tarfile.TarInfo
+        Name (relative, ``/`` between components), type, size in bytes, mode, link target; the modification time and our
+        own keywords are in its PAX headers.
+    chunks : callable, optional
+        Returns the content of a regular file as an iterator of byte strings, `info.size` bytes in all. An entry read
+        from an archive can only be read before the next entry is asked for.
+    """
+
+    info: tarfile.TarInfo
+    chunks: Callable[[], Iterator[bytes]] = lambda: iter(())
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def sort_key(self) -> list[str]:
+        """Depth first, siblings by name: the order of every archive that this package writes."""
+        return self.info.name.split("/")
+
+    @property
+    def part(self) -> int:
+        """Number of the saved file or folder that this entry came from."""
+        return int(self.info.pax_headers.get(PART_KEY, 0))
+
+    @property
+    def is_payload(self) -> bool:
+        return PAYLOAD_KEY in self.info.pax_headers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the local disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def scan_folder(folder: Path) -> Iterator[Entry]:
+    """Walk a folder's contents, sorted, without following links that stay inside it.
+
+    A link that leads out of the folder, or is absolute, is given as what it points to: in the next container it would
+    dangle. Hard links are files. Sockets, fifos, devices and links to nothing are left out with a warning.
+    """
+    return _scan(folder, "", os.path.realpath(folder), ())
+
+
+def _scan(folder: Path, prefix: str, root: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+    here = os.stat(folder)
+    identity = (here.st_dev, here.st_ino)
+    if identity in above:
+        _warn_left_out(folder, "a link leads from a folder back to itself")
+        return
+    for item in sorted(os.scandir(folder), key=lambda item: item.name):
+        path, name = Path(item.path), prefix + item.name
+        if item.is_symlink():
+            link = os.readlink(path)
+            if not os.path.exists(path):
+                _warn_left_out(path, f"it is a link to {link}, which does not exist")
+                continue
+            if _stays_inside(path, link, root):
+                if _is_storable(os.stat(path)):
+                    yield _link_entry(path, name, link)
+                else:
+                    _warn_left_out(path, f"it is a link to {link}, which is neither a file nor a folder")
+                continue
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            yield Entry(_header(name, status, tarfile.DIRTYPE))
+            # Behind a link that leads out, links are judged by the folder that they lie in.
+            inner_root = os.path.realpath(path) if item.is_symlink() else root
+            yield from _scan(path, name + "/", inner_root, (*above, identity))
+        elif stat.S_ISREG(status.st_mode):
+            yield file_entry(path, name, status)
+        else:
+            _warn_left_out(path, "it is neither a file, a folder nor a link")
+
+
+def file_entry(path: Path, name: str, status: os.stat_result | None = None) -> Entry:
+    """Describe the regular file `path` as the entry `name`; its content is read when the entry is packed."""
+    status = status or os.stat(path)
+    info = _header(name, status, tarfile.REGTYPE)
+    info.size = status.st_size
+    return Entry(info, lambda: file_chunks(path, info.size))
+
+
+def stream_entry(name: str, chunks: Iterable[bytes], size: int) -> Entry:
+    """Describe `size` bytes of content that come from elsewhere as the entry `name`."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mtime = int(time.time())
+    return Entry(info, lambda: iter(chunks))
+
+
+def in_part(entries: Iterable[Entry], part: int) -> Iterator[Entry]:
+    """Mark entries as coming from a part, for a later save to know whose they are."""
+    for entry in entries:
+        headers = {key: value for key, value in entry.info.pax_headers.items() if key != PART_KEY}
+        entry.info.pax_headers = {**headers, PART_KEY: str(part)} if part else headers
+        yield entry
+
+
+def merge(older: Iterable[Entry], newer: Iterable[Entry]) -> Iterator[Entry]:
+    """Merge two sorted streams of entries, file by file; where both have a name, the newer one stays.
+
+    Where one has a file and the other a folder, the newer one replaces it with everything below.
+    """
+    tagged = heapq.merge(
+        ((entry.sort_key, 0, entry) for entry in newer),
+        ((entry.sort_key, 1, entry) for entry in older),
+        key=lambda item: item[:2],
+    )
+    last_newer: list[str] = []
+    is_folder = True
+    for key, is_older, entry in tagged:
+        if not is_older:
+            last_newer, is_folder = key, entry.info.isdir()
+        elif key == last_newer or (not is_folder and key[: len(last_newer)] == last_newer):
+            continue
+        yield entry
+
+
+def _header(name: str, status: os.stat_result, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.mode = stat.S_IMODE(status.st_mode)
+    # Owners are left at 0: they mean nothing in the next container, and equal folders give equal archives.
+    seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
+    info.mtime = seconds
+    if nanoseconds:
+        info.pax_headers = {"mtime": str(Decimal(status.st_mtime_ns) / 10**9)}
+    return info
+
+
+def _link_entry(path: Path, name: str, link: str) -> Entry:
+    info = _header(name, os.lstat(path), tarfile.SYMTYPE)
+    info.linkname = link
+    return Entry(info)
+
+
+def _stays_inside(path: Path, link: str, root: str) -> bool:
+    """Whether a link is relative and neither its text nor where it ends leaves the folder `root`."""
+    if os.path.isabs(link):
+        return False
+    text = os.path.normpath(os.path.join(os.path.realpath(path.parent), link))
+    return all(os.path.commonpath((root, place)) == root for place in (text, os.path.realpath(path)))
+
+
+def _is_storable(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+
+
+def _warn_left_out(path: Path, reason: str) -> None:
+    warnings.warn(f"{path} is left out of the checkpoint: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def file_chunks(path: Path, size: int) -> Iterator[bytes]:
+    """Read exactly `size` bytes of a file; a file that has fewer by now is a `CheckpointError`."""
+    left = size
+    try:
+        with path.open("rb", buffering=0) as file:
+            while left:
+                chunk = file.read(min(CHUNK_SIZE, left))
+                if not chunk:
+                    message = f"{path} shrank from {size} to {size - left} bytes while it was being saved: save again"
+                    raise CheckpointError(message)
+                left -= len(chunk)
+                yield chunk
+    except FileNotFoundError as error:
+        message = f"{path} was removed while it was being saved: save again"
+        raise CheckpointError(message) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To the local disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Unpacked:
+    """What `unpack` made of some entries.
+
+    Attributes
+    ----------
+    names : list of str
+        The top-level entries, sorted.
+    """
+
+    def __init__(self, names: Iterable[str], folders: list[tuple[str, int, int]]) -> None:
+        self.names = sorted(names)
+        self._folders = folders
+
+    def set_folder_attributes(self, folder: Path) -> None:
+        """Give the folders their modes and times, once their contents lie where they will stay."""
+        for name, mode, mtime_ns in reversed(self._folders):
+            os.chmod(folder / name, mode)
+            os.utime(folder / name, ns=(mtime_ns, mtime_ns))
+
+
+def safe_name(name: str) -> str:
+    """Return a name that someone else wrote as an entry's name, without `.` and empty parts; refuse one that leads out.
+
+    Raises
+    ------
+    UnsafeCheckpointError
+        If it is absolute or has a `..` in it.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts:
+        message = f"its entry {name!r} lies outside the folder it would be restored to"
+        raise UnsafeCheckpointError(message)
+    return "/".join(parts)
+
+
+def unpack(entries: Iterable[Entry], folder: Path) -> Unpacked:
+    """Write entries into an empty folder of the caller's own.
+
+    Nothing is written outside it: links are made last, so that nothing is written through one, and those that lead out
+    are left out with a warning. Modes lose their setuid, setgid and sticky bits.
+
+    Raises
+    ------
+    CorruptCheckpointError
+        If the entries contradict each other.
+    UnsafeCheckpointError
+        If an entry lies behind a link.
+    OSError
+        If the disk refuses, for example because it is full.
+    """
+    root = os.path.realpath(folder)
+    names: set[str] = set()
+    made: set[str] = set()
+    links: dict[str, tarfile.TarInfo] = {}
+    folders: list[tuple[str, int, int]] = []
+    for entry in entries:
+        name, info = entry.name, entry.info
+        parents = list(itertools.accumulate(name.split("/"), "{}/{}".format))[:-1]
+        if any(parent in links for parent in parents):
+            message = f"its entry {name!r} lies behind a link"
+            raise UnsafeCheckpointError(message)
+        names.add(parents[0] if parents else name)
+        links.pop(name, None)
+        path = os.path.join(root, name)
+        try:
+            for parent in parents:
+                if parent not in made:
+                    os.mkdir(os.path.join(root, parent))
+                    made.add(parent)
+            if info.isdir():
+                if name not in made:
+                    os.mkdir(path)
+                    made.add(name)
+                folders.append((name, info.mode & 0o777, _mtime_ns(info)))
+                continue
+            if os.path.lexists(path):
+                # In a tar, the last entry of a name counts.
+                os.unlink(path)
+            if info.issym():
+                links[name] = info
+            elif info.islnk():
+                os.link(os.path.join(root, info.linkname), path, follow_symlinks=False)
+            else:
+                _write(entry, path)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError) as error:
+            message = f"its entry {name!r} contradicts an earlier one ({error})"
+            raise CorruptCheckpointError(message) from error
+    for name, info in links.items():
+        os.symlink(info.linkname, os.path.join(root, name))
+    for name, info in links.items():
+        path = os.path.join(root, name)
+        if _stays_inside(Path(path), info.linkname, root):
+            os.utime(path, ns=(_mtime_ns(info),) * 2, follow_symlinks=False)
+        else:
+            os.unlink(path)
+            warnings.warn(
+                f"the link {name!r} is not restored: it leads out of the checkpoint, to {info.linkname!r}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return Unpacked(names, folders)
+
+
+def _write(entry: Entry, path: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    size = 0
+    with open(descriptor, "wb", buffering=0) as file:
+        for chunk in entry.chunks():
+            view = memoryview(chunk)
+            while view:
+                view = view[file.write(view) :]
+            size += len(chunk)
+        if size != entry.info.size:
+            message = f"{entry.name!r} has {size} bytes instead of the {entry.info.size} announced"
+            raise CorruptCheckpointError(message)
+        os.fchmod(descriptor, entry.info.mode & 0o777)
+        os.utime(descriptor, ns=(_mtime_ns(entry.info),) * 2)
+
+
+def _mtime_ns(info: tarfile.TarInfo) -> int:
+    try:
+        nanoseconds = int(Decimal(str(info.pax_headers.get("mtime", info.mtime))) * 10**9)
+    except (ArithmeticError, ValueError):
+        return 0
+    return nanoseconds if abs(nanoseconds) < 1 << 62 else 0

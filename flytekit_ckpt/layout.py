@@ -1,0 +1,444 @@
+"""What a checkpoint's bytes mean: a payload, a tree, or a folder that flytekit 1 left.
+
+A payload is an object that holds the saved bytes as they are, a tree one that holds a gzip-compressed tar. Both are what
+Flyte 2 reads and writes. Payloads that a reader would take for something else are wrapped: stored as a tree whose one
+member, `payload`, is marked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flytekit_ckpt import archive, storage
+from flytekit_ckpt.archive import Kind
+from flytekit_ckpt.entries import CHUNK_SIZE, PAYLOAD_KEY, Entry, safe_name, scan_folder, stream_entry, unpack
+from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, StorageError
+
+logger = logging.getLogger("flytekit_ckpt")
+
+PAYLOAD_NAME = "payload"
+"""File that a payload loads to in the new face, and the member that holds a wrapped one."""
+
+LEGACY_PAYLOAD_NAME = "_dst_cp"
+"""File that flytekit keeps written bytes in."""
+
+OBJECT_NAME = "_flytecheckpoints"
+"""Name of the object inside a local destination that is a folder with something in it."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Bytes that were saved as they are: their number, and themselves."""
+
+    size: int
+    chunks: Iterator[bytes]
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A saved set of files, folders and links; each can be read before the next is asked for."""
+
+    entries: Iterator[Entry]
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the log record of a save or a restore carries as its `checkpoint` attribute.
+
+    Attributes
+    ----------
+    operation : str
+        `"saved"` or `"restored"`.
+    shape : str
+        `"payload"` or `"tree"`, `"nothing"` if there was no checkpoint.
+    size : int
+        Bytes of the object as stored (restored: of the payload, or of the tree's files).
+    seconds : float
+    uri : str
+        The object, without credentials.
+    """
+
+    operation: str
+    shape: str
+    size: int
+    seconds: float
+    uri: str
+
+    def log(self) -> None:
+        message = "%s %s, %d bytes in %.3f s: %s"
+        arguments = (self.operation, self.shape, self.size, self.seconds, self.uri)
+        logger.info(message, *arguments, extra={"checkpoint": self})
+
+
+def named_source(checkpoint_src: str | None) -> str | None:
+    """Return the source that a platform names, `None` for the ways in which it says that there is none."""
+    source = "" if checkpoint_src is None else os.fspath(checkpoint_src).strip().strip('"').strip()
+    return source or None
+
+
+def as_bytes(content: object) -> bytes:
+    """Return what is bytes-like as bytes; anything else is a `TypeError`."""
+    if isinstance(content, bytes):
+        return content
+    try:
+        return memoryview(content).tobytes()  # type: ignore[arg-type]
+    except TypeError as error:
+        message = f"a checkpoint is bytes or a path, not {type(content).__name__}"
+        raise TypeError(message) from error
+
+
+def not_savable(path: Path) -> Exception:
+    """Make the error for a path that is neither a file nor a folder."""
+    if os.path.lexists(path):
+        return ValueError(f"cannot save {path} as a checkpoint: it is neither a file nor a folder")
+    return FileNotFoundError(errno.ENOENT, "there is nothing to save as a checkpoint", str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def put_payload(
+    uri: str,
+    chunks: Iterable[bytes],
+    options: storage.StorageOptions | None,
+    *,
+    size: int | None = None,
+    keep_archives: bool = False,
+) -> storage.Written:
+    """Store bytes as they are, or wrapped where a reader would take them for something else.
+
+    Parameters
+    ----------
+    uri : str
+        The object.
+    chunks : iterable of bytes
+        The payload.
+    options : mapping, optional
+        Keyword arguments of the fsspec filesystem.
+    size : int, optional
+        Bytes of the payload, where known. A wrapped payload's size must be: where it is not, and only there, the
+        payload takes a temporary file.
+    keep_archives : bool, default False
+        Store archives and empty payloads raw too, as Flyte 2 does: it unpacks the ones and ignores the others.
+    """
+    kind, stream = archive.recognise(chunks)
+    raw_kinds = {Kind.OTHER, Kind.ARCHIVE, Kind.EMPTY} if keep_archives else {Kind.OTHER}
+    if kind in raw_kinds:
+        return _put(uri, stream, options, "payload")
+    with sized(stream, size) as (content, known):
+        entry = stream_entry(PAYLOAD_NAME, content, known)
+        entry.info.pax_headers = {PAYLOAD_KEY: "1"}
+        return _put(uri, archive.pack([entry]), options, "payload")
+
+
+def put_tree(uri: str, entries: Iterable[Entry], options: storage.StorageOptions | None) -> storage.Written:
+    """Store sorted entries as a tree."""
+    return _put(uri, archive.pack(entries), options, "tree")
+
+
+@contextlib.contextmanager
+def sized(chunks: Iterable[bytes], size: int | None) -> Iterator[tuple[Iterable[bytes], int]]:
+    """Give a stream with its size; one of unknown size goes through a temporary file, since tar states it first."""
+    if size is not None:
+        yield chunks, size
+        return
+    with tempfile.TemporaryFile(prefix="flytekit_ckpt-") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        length = file.tell()
+        file.seek(0)
+        yield iter(functools.partial(file.read, CHUNK_SIZE), b""), length
+
+
+def _put(uri: str, chunks: Iterator[bytes], options: storage.StorageOptions | None, shape: str) -> storage.Written:
+    started = time.perf_counter()
+    target = storage.at(_written_uri(uri), options)
+    written = target.put(chunks)
+    Event("saved", shape, written.size, time.perf_counter() - started, storage.public(target.uri)).log()
+    return written
+
+
+def _written_uri(uri: str) -> str:
+    """The object to write: inside a local destination that is a folder with something in it, else the URI itself."""
+    path = storage.local_path(uri)
+    # A folder that may not be listed is left for the write to complain of.
+    with contextlib.suppress(OSError):
+        if path is not None and path.is_dir() and any(path.iterdir()):
+            return str(path / OBJECT_NAME)
+    return uri
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def get(uri: str, options: storage.StorageOptions | None) -> Payload | Tree | None:
+    """Open the checkpoint at a URI; `None` if there is none, or an empty object.
+
+    Raises
+    ------
+    StorageError, CorruptCheckpointError
+        Now, or while the content is read; both name the URI.
+    """
+    with naming(uri):
+        path = storage.local_path(uri)
+        if path is not None and path.is_dir():
+            if not (path / OBJECT_NAME).is_file():
+                return _local_folder(path)
+            uri = str(path / OBJECT_NAME)
+        stored = storage.at(uri, options).get()
+        if stored is None:
+            return None if path is not None else _remote_folder(uri, options)
+        return _meaning(uri, stored)
+
+
+def _meaning(uri: str, stored: storage.Stored) -> Payload | Tree | None:
+    kind, chunks = archive.recognise(stored.chunks)
+    if kind is Kind.EMPTY:
+        return None
+    if kind not in (Kind.ARCHIVE, Kind.COMPRESSED_ZEROS):
+        return Payload(stored.size, _exactly(uri, chunks, stored.size), stored.version)
+    entries = _named(uri, archive.read(chunks))
+    first = next(entries, None)
+    if first is not None and first.is_payload:
+        return Payload(first.info.size, _single(uri, first, entries), stored.version)
+    return Tree(entries if first is None else _first_then(first, entries), stored.version)
+
+
+def _exactly(uri: str, chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Pass a payload on; raw bytes carry no checksum, but their number is known."""
+    seen = 0
+    for chunk in chunks:
+        seen += len(chunk)
+        yield chunk
+    if seen != size:
+        message = f"cannot read {storage.public(uri)}: it ended after {seen} of {size} bytes. Try again"
+        raise StorageError(message)
+
+
+def _single(uri: str, entry: Entry, rest: Iterator[Entry]) -> Iterator[bytes]:
+    """The content of a wrapped payload, verified to the archive's end."""
+    with naming(uri):
+        yield from entry.chunks()
+        if next(rest, None) is not None:
+            message = "it holds more than the one payload that it is marked for"
+            raise CorruptCheckpointError(message)
+
+
+def _first_then(first: Entry, rest: Iterator[Entry]) -> Iterator[Entry]:
+    yield first
+    yield from rest
+
+
+def _named(uri: str, entries: Iterator[Entry]) -> Iterator[Entry]:
+    with naming(uri):
+        yield from entries
+
+
+def _local_folder(path: Path) -> Payload | Tree | None:
+    """A folder of loose files on the local disk, as flytekit 1 leaves them."""
+    try:
+        children = list(path.iterdir())
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot read {path}: {error}. Check its permissions") from error
+    if not children:
+        return None
+    if [child.name for child in children] == [LEGACY_PAYLOAD_NAME] and children[0].is_file():
+        stored = storage.at(str(children[0])).get()
+        return None if stored is None else Payload(stored.size, stored.chunks, None)
+    return Tree(scan_folder(path), None)
+
+
+def _remote_folder(uri: str, options: storage.StorageOptions | None) -> Payload | Tree | None:
+    """Objects below a prefix, as flytekit 1 leaves them; one list request where there are none."""
+    files = storage.at(uri, options).files()
+    found = next(files, None)
+    if found is None:
+        return None
+    following = next(files, None)
+    if following is None and found[0] == LEGACY_PAYLOAD_NAME:
+        stored = _existing(found[1])
+        return Payload(stored.size, stored.chunks, None)
+    pair = [found] if following is None else [found, following]
+    return Tree(_remote_entries(pair, files), None)
+
+
+def _remote_entries(
+    pair: list[tuple[str, storage.StoredObject]], files: Iterator[tuple[str, storage.StoredObject]]
+) -> Iterator[Entry]:
+    for found in (pair, files):
+        for name, item in found:
+            stored = _existing(item)
+            yield stream_entry(safe_name(name), stored.chunks, stored.size)
+
+
+def _existing(item: storage.StoredObject) -> storage.Stored:
+    stored = item.get()
+    if stored is None:
+        message = f"{storage.public(item.uri)} was removed while the checkpoint was being read. Try again"
+        raise StorageError(message)
+    return stored
+
+
+@contextlib.contextmanager
+def naming(uri: str) -> Iterator[None]:
+    """Put the URI, and what to do, into the error of a room that knows no URI."""
+    try:
+        yield
+    except CorruptCheckpointError as error:
+        message = str(error)
+        if storage.public(uri) in message:
+            raise
+        message = (
+            f"the checkpoint at {storage.public(uri)} cannot be used: {message}. "
+            "Nothing was restored; remove it to start afresh, or resume from an earlier one"
+        )
+        raise type(error)(message) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Restoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def restore(uri: str, found: Payload | Tree, payload_name: str, folder: Path, *, emptied: bool = False) -> list[str]:
+    """Write a checkpoint into a folder, all of it or nothing; files of the same names are replaced.
+
+    Parameters
+    ----------
+    uri : str
+        Where it came from, for messages.
+    found : Payload or Tree
+        The checkpoint, as `get` opened it.
+    payload_name : str
+        File name for a payload.
+    folder : pathlib.Path
+        An existing folder.
+    emptied : bool, default False
+        Whether what lay in the folder before is removed.
+
+    Returns
+    -------
+    list of str
+        The checkpoint's top-level entries.
+    """
+    started = time.perf_counter()
+    seen = _Counter()
+    if isinstance(found, Payload):
+        entries: Iterable[Entry] = [stream_entry(payload_name, found.chunks, found.size)]
+    else:
+        entries = found.entries
+    with naming(uri), _local_failures(uri, folder):
+        # Inside the folder, so that moving from it is renaming.
+        staging = Path(tempfile.mkdtemp(prefix=".flytekit_ckpt-", dir=folder))
+        try:
+            unpacked = unpack(seen.counting(entries), staging)
+            if emptied:
+                _empty(folder, but=staging)
+            for place in _conflicts(staging, folder):
+                message = f"cannot restore {storage.public(uri)}: {place} is in the way. Move it, or restore elsewhere"
+                raise StorageError(message)
+            _place(staging, folder)
+            unpacked.set_folder_attributes(folder)
+        finally:
+            remove_tree(staging)
+    shape = "payload" if isinstance(found, Payload) else "tree"
+    Event("restored", shape, seen.bytes, time.perf_counter() - started, storage.public(uri)).log()
+    return unpacked.names
+
+
+def log_nothing(uri: str) -> None:
+    """Log that a restore found no checkpoint."""
+    Event("restored", "nothing", 0, 0.0, storage.public(uri)).log()
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def counting(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        for entry in entries:
+            self.bytes += entry.info.size if entry.info.isreg() else 0
+            yield entry
+
+
+@contextlib.contextmanager
+def _local_failures(uri: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        message = f"cannot restore {storage.public(uri)} into {folder}: {error}. Check its permissions and free space"
+        raise StorageError(error.errno, message) from error
+
+
+def _empty(folder: Path, but: Path) -> None:
+    for item in os.scandir(folder):
+        if item.is_dir(follow_symlinks=False):
+            if item.name != but.name:
+                remove_tree(Path(item.path))
+        else:
+            os.unlink(item.path)
+
+
+def _conflicts(source: Path, target: Path) -> Iterator[Path]:
+    """Yield what in `target` is a folder where `source` has a file, or the reverse."""
+    for item in os.scandir(source):
+        place = target / item.name
+        if os.path.lexists(place):
+            is_folder = item.is_dir(follow_symlinks=False)
+            if is_folder != place.is_dir() and not (place.is_symlink() and not is_folder):
+                yield place
+            elif is_folder:
+                yield from _conflicts(Path(item.path), place)
+
+
+def _place(source: Path, target: Path) -> None:
+    """Move the contents of a folder into another one on the same disk, merging folders."""
+    for item in os.scandir(source):
+        place = target / item.name
+        if item.is_dir(follow_symlinks=False) and place.is_dir():
+            _place(Path(item.path), place)
+        else:
+            os.replace(item.path, place)
+
+
+def workspace(owner: object, prefix: str) -> Path:
+    """Make a temporary folder that is removed with its owner (in the process that made it)."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    weakref.finalize(owner, _remove_own, folder, os.getpid())
+    return folder
+
+
+def _remove_own(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        remove_tree(folder)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, read-only folders inside it included."""
+    for root, folders, _ in os.walk(folder):
+        for name in folders:
+            path = os.path.join(root, name)
+            with contextlib.suppress(OSError):
+                if not os.path.islink(path):
+                    os.chmod(path, stat.S_IRWXU)
+    shutil.rmtree(folder, ignore_errors=True)

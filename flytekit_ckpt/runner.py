@@ -1,0 +1,320 @@
+"""Runs a task on this machine the way the platform does: attempt after attempt, some of them killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import inspect
+import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import typing
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flytekit_ckpt import context, errors, layout, storage
+from flytekit_ckpt.checkpointer import SyncCheckpoint
+
+
+class TaskFailedError(Exception):
+    """The task failed for good; the message holds its traceback or says what killed it."""
+
+
+def run(
+    target: str,
+    inputs: Mapping[str, str],
+    *,
+    retries: int = 0,
+    root: str | None = None,
+    preempt_after: float | None = None,
+    report: Callable[[str], None],
+) -> Any:
+    """Run a function or a flytekit task through attempts, each a process and a destination of its own.
+
+    The previous attempt's destination is the next one's source. An attempt that raises `FlyteRecoverableException`, or
+    is killed, is followed by another one; any other exception ends the run.
+
+    Parameters
+    ----------
+    target : str
+        `FILE:FUNCTION`.
+    inputs : mapping of str to str
+        Arguments as text; each is read as its parameter's annotation says, as JSON or else as text if it says nothing.
+    retries : int, default 0
+        Attempts after the first.
+    root : str, optional
+        Folder or URI that the run's checkpoints are kept below, in a folder of the run's own; a temporary one, removed
+        at the end, if not given.
+    preempt_after : float, optional
+        Seconds after which every attempt is killed with SIGKILL, counted from the start of the task's own code.
+    report : callable
+        Takes each line that says what happens.
+
+    Returns
+    -------
+    object
+        What the task returned; its `repr` if it cannot be passed between processes.
+
+    Raises
+    ------
+    TaskFailedError
+        If the task failed, or no attempt is left.
+    """
+    function = target.rpartition(":")[2]
+    with contextlib.ExitStack() as stack:
+        if root is None:
+            root = tempfile.mkdtemp(prefix="flytekit_ckpt-run-")
+            stack.callback(shutil.rmtree, root, ignore_errors=True)
+        prefix = f"{root.rstrip('/')}/{function}-{uuid.uuid4().hex[:8]}"
+        report(f"checkpoints: {storage.public(prefix)}")
+        source = None
+        for number in range(1, retries + 2):
+            destination = f"{prefix}/attempt-{number}/{layout.OBJECT_NAME}"
+            report(f"attempt {number} of {retries + 1}")
+            attempt = _Attempt(target, inputs, destination, source, report)
+            how = attempt.follow(preempt_after)
+            report(f"  {how} after {attempt.seconds:.2f} s")
+            if attempt.succeeded:
+                return attempt.result
+            if attempt.failure is not None:
+                raise TaskFailedError(attempt.failure)
+            source = destination
+    message = f"no attempt is left: all {retries + 1} were interrupted; give more with --retries"
+    raise TaskFailedError(message)
+
+
+class _Attempt:
+    """One attempt, seen from the process that watches it."""
+
+    def __init__(
+        self,
+        target: str,
+        inputs: Mapping[str, str],
+        destination: str,
+        source: str | None,
+        report: Callable[[str], None],
+    ) -> None:
+        self.succeeded = False
+        self.result: Any = None
+        self.failure: str | None = None
+        self._raised = ""
+        self._report = report
+        # A process that shares nothing with this one, as on the platform.
+        spawn = multiprocessing.get_context("spawn")
+        self._events, theirs = spawn.Pipe(duplex=False)
+        arguments = (theirs, target, dict(inputs), destination, source)
+        self._process = spawn.Process(target=_attempt, args=arguments)
+        self._started = time.monotonic()
+        self._process.start()
+        theirs.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def follow(self, preempt_after: float | None) -> str:
+        """Wait for the attempt's end, or kill it; returns how it ended."""
+        deadline: float | None = None
+        kind = ""
+        try:
+            while kind != "closed":
+                timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
+                ready = multiprocessing.connection.wait([self._events, self._process.sentinel], timeout)
+                # A dead attempt's messages are read to the last; its children may keep the pipe open.
+                if self._events in ready:
+                    kind = self._take()
+                    if kind == "started" and preempt_after is not None:
+                        deadline = time.monotonic() + preempt_after
+                elif ready:
+                    break
+                else:
+                    self._kill()
+                    deadline = None
+        finally:
+            self._kill()
+        self._process.join()
+        return self._end()
+
+    def _kill(self) -> None:
+        # The attempt leads a group of its own: the processes that it started die with it, as a container's do.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(typing.cast("int", self._process.pid), signal.SIGKILL)
+
+    def _take(self) -> str:
+        try:
+            kind, content = self._events.recv()
+        except EOFError:
+            return "closed"
+        if kind == "event":
+            self._report(f"  {_described(content)}")
+        elif kind == "returned":
+            self.succeeded = True
+            self.result = _unpickled(*content)
+        elif kind == "recoverable":
+            self._raised = content
+        elif kind == "failed":
+            self.failure = content
+        return str(kind)
+
+    def _end(self) -> str:
+        code = self._process.exitcode or 0
+        if self.succeeded:
+            return "succeeded"
+        if self.failure is not None:
+            return "failed"
+        if self._raised:
+            return f"raised {self._raised}"
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        self.failure = f"the attempt's process ended with exit code {code} and no result"
+        return "failed"
+
+
+def _described(event: layout.Event) -> str:
+    if event.shape == "nothing":
+        return "restored nothing"
+    return f"{event.operation} {event.shape}, {_readable(event.size)} in {event.seconds:.3f} s"
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def _unpickled(pickled: bytes | None, text: str) -> Any:
+    try:
+        return pickle.loads(pickled) if pickled is not None else text
+    except Exception:  # noqa: BLE001 - a class of the task's own module, which this process has not imported
+        return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside the attempt's process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _EventSender(logging.Handler):
+    """Passes on what this package logs of saves and restores."""
+
+    def __init__(self, events: multiprocessing.connection.Connection[Any, Any]) -> None:
+        super().__init__()
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = getattr(record, "checkpoint", None)
+        if event is not None:
+            self._events.send(("event", event))
+
+
+def _attempt(
+    events: multiprocessing.connection.Connection[Any, Any],
+    target: str,
+    inputs: dict[str, str],
+    destination: str,
+    source: str | None,
+) -> None:
+    os.setsid()
+    # What a killed attempt printed should have been seen.
+    typing.cast("Any", sys.stdout).reconfigure(line_buffering=True)
+    logger = logging.getLogger("flytekit_ckpt")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(_EventSender(events))
+    try:
+        function = _loaded(target)
+        arguments = _arguments(function, inputs)
+        context.set_runner_checkpoint(SyncCheckpoint(destination, source))
+        events.send(("started", None))
+        value = function(**arguments)
+        if inspect.iscoroutine(value):
+            value = asyncio.run(value)
+        events.send(("returned", _pickled(value)))
+    except TaskFailedError as error:
+        events.send(("failed", str(error)))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it goes to the process that watches
+        if isinstance(error, _recoverable()):
+            events.send(("recoverable", f"{type(error).__name__}: {error}"))
+        else:
+            events.send(("failed", traceback.format_exc()))
+
+
+def _pickled(value: object) -> tuple[bytes | None, str]:
+    try:
+        return pickle.dumps(value), repr(value)
+    except Exception:  # noqa: BLE001 - objects raise what they like here
+        return None, repr(value)
+
+
+def _recoverable() -> tuple[type[BaseException], ...]:
+    types: list[type[BaseException]] = [errors.FlyteRecoverableException]
+    # An exception of flytekit's can only have been raised if flytekit was imported.
+    if "flytekit" in sys.modules:
+        from flytekit.exceptions.user import FlyteRecoverableException
+
+        types.append(FlyteRecoverableException)
+    return tuple(types)
+
+
+def _loaded(target: str) -> Callable[..., Any]:
+    """Import the file; of a flytekit task, take the function."""
+    file, _, name = target.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        message = f"there is no file {file!r}: name the task as FILE:FUNCTION, for example counter.py:counter"
+        raise TaskFailedError(message)
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        message = f"{file} is not a Python file"
+        raise TaskFailedError(message)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    task = getattr(module, name, None)
+    function = getattr(task, "task_function", task)
+    if not callable(function):
+        message = f"{file} has no function or task {name!r}"
+        raise TaskFailedError(message)
+    return typing.cast("Callable[..., Any]", function)
+
+
+def _arguments(function: Callable[..., Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    types = typing.get_type_hints(function)
+    arguments = {name: _argument(name, text, types.get(name)) for name, text in inputs.items()}
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        message = f"the inputs do not fit {function.__name__}{inspect.signature(function)}: {error}"
+        raise TaskFailedError(message) from error
+    return arguments
+
+
+def _argument(name: str, text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if kind is Path:
+        return Path(text)
+    expected = {int: int, float: (int, float), bool: bool}.get(kind, object)
+    if not isinstance(value, expected) or (kind is int and isinstance(value, bool)):  # type: ignore[arg-type]
+        message = f"{name}={text} is not {kind.__name__}"
+        raise TaskFailedError(message)
+    return value

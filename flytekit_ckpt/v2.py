@@ -1,0 +1,218 @@
+"""The new face: Flyte 2's checkpoint API, over the same code and the same objects as the legacy one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path, PosixPath
+from typing import Any
+
+from flytekit_ckpt import layout, storage
+from flytekit_ckpt.entries import file_chunks, scan_folder
+
+Savable = os.PathLike[str] | str | bytes | bytearray | memoryview
+"""What can be saved: the path of a file or folder, or bytes."""
+
+
+class BaseCheckpoint(ABC):
+    """What a Flyte 2 task can do with its checkpoint (flyte: `flyte.BaseCheckpoint`)."""
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """Local folder that checkpoints are loaded into."""
+
+    @abstractmethod
+    def prev_exists(self) -> bool:
+        """Tell whether an earlier attempt's checkpoint was named to this one."""
+
+    @abstractmethod
+    async def load(self) -> Path | None:
+        """Load the earlier attempt's checkpoint; see `Checkpoint.load_sync`."""
+
+    @abstractmethod
+    async def save(self, data: Savable) -> None:
+        """Save this attempt's checkpoint; see `Checkpoint.save_sync`."""
+
+    @abstractmethod
+    def load_sync(self) -> Path | None:
+        """Load the earlier attempt's checkpoint, waiting for it; see `Checkpoint.load_sync`."""
+
+    @abstractmethod
+    def save_sync(self, data: Savable) -> None:
+        """Save this attempt's checkpoint, waiting for it; see `Checkpoint.save_sync`."""
+
+
+class Checkpoint(BaseCheckpoint):
+    """The checkpoint of one task attempt, as in `flyte.Checkpoint`.
+
+    Parameters
+    ----------
+    checkpoint_dest : str
+        URI or path of the object that this attempt saves to. Parents are created.
+    checkpoint_src : str, optional
+        URI or path of the object that the previous attempt saved, with either face, or of the folder that flytekit 1
+        saved. Blank, or a pair of quotes, means that there was none.
+    storage_options : mapping, keyword only, optional
+        Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
+
+    Examples
+    --------
+    >>> Checkpoint("/tmp/counter/attempt-1").save_sync(b"5")
+    >>> cp = Checkpoint("/tmp/counter/attempt-2", "/tmp/counter/attempt-1")
+    >>> cp.load_sync().read_bytes()
+    b'5'
+    """
+
+    def __init__(
+        self,
+        checkpoint_dest: str,
+        checkpoint_src: str | None = None,
+        *,
+        storage_options: storage.StorageOptions | None = None,
+    ) -> None:
+        self._checkpoint_dest = os.fspath(checkpoint_dest)
+        self._checkpoint_src = layout.named_source(checkpoint_src)
+        self._storage_options = storage_options
+        self._workspace: Path | None = None
+        self._loaded: Path | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def remote_destination(self) -> str:
+        """URI that `save` writes to."""
+        return self._checkpoint_dest
+
+    @property
+    def remote_source(self) -> str | None:
+        """URI that `load` reads from, `None` if there was no earlier attempt."""
+        return self._checkpoint_src
+
+    @property
+    def path(self) -> Path:
+        """Local folder that checkpoints are loaded into, temporary, kept as long as this instance."""
+        with self._lock:
+            if self._workspace is None:
+                self._workspace = layout.workspace(self, "flytekit_ckpt-")
+            return self._workspace
+
+    def prev_exists(self) -> bool:
+        """Tell whether a source was given; whether a checkpoint is there, only loading can tell."""
+        return self._checkpoint_src is not None
+
+    async def load(self) -> Path | None:
+        """Load the previous attempt's checkpoint without blocking the event loop; see `load_sync`."""
+        return await asyncio.to_thread(self.load_sync)
+
+    async def save(self, data: Savable) -> None:
+        """Save without blocking the event loop; see `save_sync`."""
+        await asyncio.to_thread(self.save_sync, data)
+
+    def load_sync(self) -> Path | None:
+        """Load the previous attempt's checkpoint into `path`, all of it or nothing.
+
+        Returns
+        -------
+        pathlib.Path or None
+            For a folder, `path`, emptied and with the folder's contents. For bytes or a file, the file
+            `path / "payload"`, which joined with `"payload"` is itself: Flyte documents both ways. `None` if there is
+            no previous checkpoint. Once loaded, further calls return the same path.
+
+        Raises
+        ------
+        CorruptCheckpointError
+            If the checkpoint is damaged or unsafe to restore.
+        StorageError
+            If it cannot be read, or the workspace cannot be written.
+        """
+        with self._lock:
+            if self._checkpoint_src is None or self._loaded is not None:
+                return self._loaded
+            found = layout.get(self._checkpoint_src, self._storage_options)
+            if found is None:
+                layout.log_nothing(self._checkpoint_src)
+                return None
+            layout.restore(self._checkpoint_src, found, layout.PAYLOAD_NAME, self.path, emptied=True)
+            is_payload = isinstance(found, layout.Payload)
+            self._loaded = PayloadPath(self.path / layout.PAYLOAD_NAME) if is_payload else self.path
+            return self._loaded
+
+    def save_sync(self, data: Savable) -> None:
+        """Save this attempt's checkpoint in place of what it saved before.
+
+        Parameters
+        ----------
+        data : path-like, str, bytes, bytearray or memoryview
+            A folder, stored as a gzip-compressed tar of its entries; or a file or bytes, stored as they are.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the path is not there.
+        TypeError
+            If `data` is neither a path nor bytes.
+        StorageError
+            If it cannot be stored; what was stored before stays.
+        CheckpointError
+            If a file shrinks or vanishes while it is being saved; what was stored before stays.
+        """
+        dest, options = self._checkpoint_dest, self._storage_options
+        if not isinstance(data, (str, os.PathLike)):
+            content = layout.as_bytes(data)
+            layout.put_payload(dest, [content], options, size=len(content), keep_archives=True)
+            return
+        path = Path(data)
+        if path.is_dir():
+            layout.put_tree(dest, scan_folder(path), options)
+        elif path.is_file():
+            size = path.stat().st_size
+            layout.put_payload(dest, file_chunks(path, size), options, size=size, keep_archives=True)
+        else:
+            raise layout.not_savable(path)
+
+
+class PayloadPath(PosixPath):
+    """The path of a loaded payload, `.../payload`; joined with `"payload"` it is itself.
+
+    Flyte's tutorial opens `load_sync() / "payload"`, its API reference says that `load_sync()` is that file.
+    """
+
+    def __truediv__(self, key: str | os.PathLike[str]) -> PayloadPath:
+        return self.joinpath(key)
+
+    def joinpath(self, *others: str | os.PathLike[str]) -> PayloadPath:
+        if others and self.name == os.fspath(others[0]) == layout.PAYLOAD_NAME:
+            others = others[1:]
+        return super().joinpath(*others)
+
+
+def latest_checkpoint(
+    root: Path, glob_pattern: str = "**/last.ckpt", *, key: Callable[[Path], Any] | None = None
+) -> Path | None:
+    """Return the newest match of a pattern in a loaded tree (flyte: `flyte.latest_checkpoint`).
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        The tree, as `Checkpoint.load_sync` returns it.
+    glob_pattern : str, default "**/last.ckpt"
+        As for `pathlib.Path.glob`; `**/` searches every depth.
+    key : callable, optional
+        Ranks a match; its modification time if not given. Of equals, the last path in sorted order is taken.
+
+    Returns
+    -------
+    pathlib.Path or None
+        `None` if nothing matches.
+    """
+    rank = key if key is not None else _modification_time
+    # Sorted by path first, so that max() settles ties by it.
+    matches = sorted(Path(root).glob(glob_pattern), reverse=True)
+    return max(matches, key=rank, default=None)
+
+
+def _modification_time(path: Path) -> float:
+    return path.stat().st_mtime
