@@ -314,7 +314,7 @@ def read(chunks: Iterable[bytes]) -> Iterator[Entry]:
         if info is None:
             break
         # tarfile would remember every entry of the archive.
-        tar.members.clear()
+        tar.members.clear()  # type: ignore[attr-defined]
         info.name = safe_name(info.name)
         if not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
             message = f"its entry {info.name!r} is a device or a fifo"

@@ -1,8 +1,8 @@
 """What a checkpoint's bytes mean: a payload, a tree, or a folder that flytekit 1 left.
 
-A payload is an object that holds the saved bytes as they are, a tree one that holds a gzip-compressed tar. Both are what
-Flyte 2 reads and writes. Payloads that a reader would take for something else are wrapped: stored as a tree whose one
-member, `payload`, is marked.
+A payload is an object that holds the saved bytes as they are, a tree one that holds a gzip-compressed tar: both are
+what Flyte 2 reads and writes. Payloads that a reader would take for something else are wrapped, that is stored as a
+tree whose one member, `payload`, is marked.
 """
 
 from __future__ import annotations

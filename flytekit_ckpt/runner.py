@@ -151,6 +151,7 @@ class _Attempt:
         # The attempt leads a group of its own: the processes that it started die with it, as a container's do.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(typing.cast("int", self._process.pid), signal.SIGKILL)
+        self._process.kill()
 
     def _take(self) -> str:
         try:

@@ -197,7 +197,14 @@ class _Processes:
 
     def _launch(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         # setpriv becomes the program, so the process stays ours to end, and the kernel kills it if we are killed first.
-        command = ["setpriv", "--pdeathsig=KILL", program, f"--conf={self._configuration}", "--no-mon-config", *arguments]
+        command = [
+            "setpriv",
+            "--pdeathsig=KILL",
+            program,
+            f"--conf={self._configuration}",
+            "--no-mon-config",
+            *arguments,
+        ]
         with self._log(program).open("ab") as log:
             # In a session of its own a daemon outlasts the Ctrl-C that ends the tests, until they have cleaned up.
             return subprocess.Popen(

@@ -1,0 +1,62 @@
+"""Places to keep checkpoints in: the local disk and the S3 server that the tests run against."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests import s3_server
+
+
+def pytest_report_header() -> str:
+    return f"S3 server: {s3_server.available()}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or a prefix to put checkpoints below."""
+
+    root: str
+    options: dict[str, str] = field(default_factory=dict)
+
+    def uri(self) -> str:
+        """Give an object's URI that nothing else uses."""
+        return f"{self.root}/{uuid.uuid4().hex}"
+
+    @property
+    def is_local(self) -> bool:
+        return not self.root.startswith("s3://")
+
+
+@pytest.fixture(scope="session")
+def s3_server_running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S3Server]:
+    with s3_server.serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3(s3_server_running: s3_server.S3Server) -> Iterator[Place]:
+    """A bucket on the S3 server; flytekit, flyte and this package find the server through Flyte's variables."""
+    import s3fs
+
+    server = s3_server_running
+    options = {"endpoint_url": server.endpoint, "key": server.key, "secret": server.secret}
+    bucket = f"checkpoints-{uuid.uuid4().hex[:8]}"
+    s3fs.S3FileSystem(**options).call_s3("create_bucket", Bucket=bucket)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLYTE_AWS_ENDPOINT", server.endpoint)
+        patch.setenv("FLYTE_AWS_ACCESS_KEY_ID", server.key)
+        patch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", server.secret)
+        yield Place(f"s3://{bucket}", options)
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Everything that takes this runs on the local disk and on S3."""
+    if request.param == "local":
+        return Place(str(tmp_path / "checkpoints"))
+    return request.getfixturevalue("s3")
