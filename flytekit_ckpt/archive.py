@@ -97,6 +97,7 @@ class Kind(enum.Enum):
     ARCHIVE = "a tar, compressed or not"
     ZEROS = "512 zero bytes: an empty tar to tarfile"
     COMPRESSED_ZEROS = "512 zero bytes once decompressed: an empty compressed tar to tarfile"
+    BROKEN_GZIP = "a gzip file that ends before the first tar header could: Flyte 2 fails on it"
     OTHER = "anything else"
 
 
@@ -109,6 +110,8 @@ def recognise(chunks: Iterable[bytes]) -> tuple[Kind, Iterator[bytes]]:
         taken.append(chunk)
         if probe.feed(chunk):
             break
+    else:
+        probe.end()
     return probe.kind, itertools.chain(taken, source)
 
 
@@ -141,6 +144,15 @@ class _Probe:
             len(self._seen) >= tarfile.BLOCKSIZE
             and (_decompressor(self._seen) is None or len(self._seen) >= self.LIMIT)
         )
+
+    def end(self) -> None:
+        """Take it that there are no more bytes."""
+        if self.kind is Kind.OTHER and self._seen.startswith(_GZIP_MAGIC):
+            engine = _GzipDecompressor()
+            with contextlib.suppress(zlib.error):
+                engine.decompress(bytes(self._seen), tarfile.BLOCKSIZE)
+                if not engine.eof and engine.needs_input:
+                    self.kind = Kind.BROKEN_GZIP
 
     def _is_ours(self) -> bool:
         return (

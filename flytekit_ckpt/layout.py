@@ -213,7 +213,7 @@ def _meaning(uri: str, stored: storage.Stored) -> Payload | Tree | None:
     kind, chunks = archive.recognise(stored.chunks)
     if kind is Kind.EMPTY:
         return None
-    if kind not in (Kind.ARCHIVE, Kind.COMPRESSED_ZEROS):
+    if kind in (Kind.OTHER, Kind.ZEROS):
         return Payload(stored.size, _exactly(uri, chunks, stored.size), stored.version)
     entries = _named(uri, archive.read(chunks))
     first = next(entries, None)

@@ -18,8 +18,8 @@ _PROGRAMS = ("monmaptool", "ceph-mon", "ceph", "ceph-osd", "radosgw", "radosgw-a
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 
-# The empty settings keep Ceph out of /var, where an ordinary user may not write, and an admin socket out of a folder whose
-# path may exceed the 108 characters of a socket's address.
+# The empty settings keep Ceph out of /var, where an ordinary user may not write, and an admin socket out of a folder
+# whose path may exceed the 108 characters of a socket's address.
 _CONFIGURATION = """\
 [global]
 fsid = {fsid}
