@@ -1,0 +1,71 @@
+"""Every public name, used as a user would; strict mypy checks this file, nothing runs it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import flytekit_ckpt
+from flytekit_ckpt import v2
+from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
+
+
+def legacy(cp: Checkpoint) -> None:
+    exists: bool = cp.prev_exists()
+    content: bytes | None = cp.read()
+    folder: Path | None = cp.restore("folder")
+    cp.write(b"")
+    cp.save("file")
+    cp.save(Path("file"))
+    with Path("file").open("rb") as reader:
+        cp.save(reader)
+    print(exists, content, folder)
+
+
+def legacy_made_by_hand() -> None:
+    legacy(SyncCheckpoint("dest"))
+    legacy(SyncCheckpoint("dest", None, storage_options={"key": "k", "secret": "s"}))
+    legacy(flytekit_ckpt.SyncCheckpoint(checkpoint_dest="dest", checkpoint_src="src"))
+    temporary: Path | None = SyncCheckpoint("dest", "src").restore()
+    print(temporary, SyncCheckpoint.SRC_LOCAL_FOLDER, SyncCheckpoint.TMP_DST_PATH)
+
+
+def current() -> None:
+    legacy(flytekit_ckpt.current_context().checkpoint)
+    legacy(flytekit_ckpt.current_checkpoint())
+
+
+async def new(cp: v2.BaseCheckpoint) -> None:
+    awaited: Path | None = await cp.load()
+    await cp.save(b"")
+    loaded: Path | None = cp.load_sync()
+    for data in (b"", bytearray(), memoryview(b""), "file", Path("file")):
+        cp.save_sync(data)
+    print(awaited, loaded, cp.path.name, cp.prev_exists())
+
+
+async def new_made_by_hand() -> None:
+    cp = v2.Checkpoint("dest", "src", storage_options={})
+    await new(cp)
+    destination: str = cp.remote_destination
+    source: str | None = cp.remote_source
+    latest: Path | None = flytekit_ckpt.latest_checkpoint(cp.path, "*.ckpt", key=lambda path: path.name)
+    print(destination, source, latest)
+
+
+def errors() -> None:
+    try:
+        legacy_made_by_hand()
+    except flytekit_ckpt.UnsafeCheckpointError as error:
+        value: ValueError = error
+    except flytekit_ckpt.CorruptCheckpointError as error:
+        value = error
+    except flytekit_ckpt.StorageError as error:
+        system: OSError = error
+    except flytekit_ckpt.CheckpointUnavailableError as error:
+        unavailable: NotImplementedError = error
+    except flytekit_ckpt.CheckpointError as error:
+        print(error)
+    else:
+        raise flytekit_ckpt.FlyteRecoverableException("try again", io.DEFAULT_BUFFER_SIZE)
+    print(value, system, unavailable)
