@@ -320,9 +320,10 @@ def read(chunks: Iterable[bytes]) -> Iterator[Entry]:
             tarinfo=_StrictTarInfo,
             errorlevel=2,
         )
+    members = iter(tar)
     while True:
         with _damage_reported():
-            info = tar.next()
+            info = next(members, None)
         if info is None:
             break
         # tarfile would remember every entry of the archive.
