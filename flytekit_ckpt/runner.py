@@ -130,18 +130,16 @@ class _Attempt:
         kind = ""
         try:
             while kind != "closed":
-                timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
-                ready = multiprocessing.connection.wait([self._events, self._process.sentinel], timeout)
-                # A dead attempt's messages are read to the last; its children may keep the pipe open.
-                if self._events in ready:
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._kill()
+                    deadline = None
+                # The pipe alone does not tell of the attempt's death: processes that it forked keep it open.
+                if self._events.poll(0.05):
                     kind = self._take()
                     if kind == "started" and preempt_after is not None:
                         deadline = time.monotonic() + preempt_after
-                elif ready:
+                elif not self._process.is_alive():
                     break
-                else:
-                    self._kill()
-                    deadline = None
         finally:
             self._kill()
         self._process.join()
