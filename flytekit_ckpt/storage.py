@@ -299,10 +299,12 @@ class FsspecObject(StoredObject):
     @property
     def _filesystem(self) -> Any:
         # Asked for at every use: fsspec hands out the same instance, but a fresh one in a forked process.
+        return self._connected()
+
+    def _connected(self, **arguments: Any) -> Any:
         import fsspec
 
-        protocol = self.uri.partition("://")[0]
-        return fsspec.filesystem(protocol, **self._options, use_listings_cache=False)
+        return fsspec.filesystem(self.uri.partition("://")[0], **self._options, use_listings_cache=False, **arguments)
 
     @property
     def _key(self) -> str:
@@ -311,22 +313,24 @@ class FsspecObject(StoredObject):
     def _put(self, chunks: Iterator[bytes]) -> Written:
         size = 0
         with self._reporting("write"):
-            filesystem, key = self._filesystem, self._key
+            # An instance of its own: a transaction takes every file that is opened through the instance.
+            filesystem, key = self._connected(skip_instance_cache=True), self._key
             with contextlib.suppress(NotImplementedError):
                 filesystem.makedirs(key.rpartition("/")[0], exist_ok=True)
-            # Nothing appears under the key before commit().
-            file = filesystem.open(key, "wb", autocommit=False)
+            filesystem.start_transaction()
         try:
+            with self._reporting("write"):
+                file = filesystem.open(key, "wb")
             for chunk in chunks:
                 with self._reporting("write"):
                     file.write(chunk)
                 size += len(chunk)
             with self._reporting("write"):
                 file.close()
-                file.commit()
+                filesystem.end_transaction()
         except BaseException:
             with contextlib.suppress(Exception):
-                file.discard()
+                filesystem.transaction.complete(commit=False)
             raise
         return Written(size, None)
 
