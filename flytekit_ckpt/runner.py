@@ -12,12 +12,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import types
 import typing
 import uuid
 from collections.abc import Callable, Mapping
@@ -75,16 +75,21 @@ def run(
     function = target.rpartition(":")[2]
     with contextlib.ExitStack() as stack:
         if root is None:
-            root = tempfile.mkdtemp(prefix="flytekit_ckpt-run-")
-            stack.callback(shutil.rmtree, root, ignore_errors=True)
+            root = _temporary(stack, "flytekit_ckpt-run-")
+        elif (path := storage.local_path(root)) is not None:
+            # The task may change its working directory.
+            root = str(path.absolute())
         prefix = f"{root.rstrip('/')}/{function}-{uuid.uuid4().hex[:8]}"
         report(f"checkpoints: {storage.public(prefix)}")
         source = None
         for number in range(1, retries + 2):
             destination = f"{prefix}/attempt-{number}/{layout.OBJECT_NAME}"
             report(f"attempt {number} of {retries + 1}")
-            attempt = _Attempt(target, inputs, destination, source, report)
-            how = attempt.follow(preempt_after)
+            with contextlib.ExitStack() as disk:
+                # What an attempt leaves on its machine goes with it.
+                scratch = _temporary(disk, "flytekit_ckpt-attempt-")
+                attempt = _Attempt(target, inputs, destination, source, scratch, report)
+                how = attempt.follow(preempt_after)
             report(f"  {how} after {attempt.seconds:.2f} s")
             if attempt.succeeded:
                 return attempt.result
@@ -93,6 +98,12 @@ def run(
             source = destination
     message = f"no attempt is left: all {retries + 1} were interrupted; give more with --retries"
     raise TaskFailedError(message)
+
+
+def _temporary(stack: contextlib.ExitStack, prefix: str) -> str:
+    folder = tempfile.mkdtemp(prefix=prefix)
+    stack.callback(layout.remove_tree, Path(folder))
+    return folder
 
 
 class _Attempt:
@@ -104,6 +115,7 @@ class _Attempt:
         inputs: Mapping[str, str],
         destination: str,
         source: str | None,
+        scratch: str,
         report: Callable[[str], None],
     ) -> None:
         self.succeeded = False
@@ -114,7 +126,7 @@ class _Attempt:
         # A process that shares nothing with this one, as on the platform.
         spawn = multiprocessing.get_context("spawn")
         self._events, theirs = spawn.Pipe(duplex=False)
-        arguments = (theirs, target, dict(inputs), destination, source)
+        arguments = (theirs, target, dict(inputs), destination, source, scratch)
         self._process = spawn.Process(target=_attempt, args=arguments)
         self._started = time.monotonic()
         self._process.start()
@@ -176,9 +188,17 @@ class _Attempt:
         if self._raised:
             return f"raised {self._raised}"
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            return f"killed by {_signal_name(-code)}"
         self.failure = f"the attempt's process ended with exit code {code} and no result"
         return "failed"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # A real-time signal.
+        return f"signal {number}"
 
 
 def _described(event: layout.Event) -> str:
@@ -226,8 +246,12 @@ def _attempt(
     inputs: dict[str, str],
     destination: str,
     source: str | None,
+    scratch: str,
 ) -> None:
     os.setsid()
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
+    # Processes that the task starts are started as they would be anywhere else.
+    multiprocessing.set_start_method(None, force=True)
     # What a killed attempt printed should have been seen.
     typing.cast("Any", sys.stdout).reconfigure(line_buffering=True)
     logger = logging.getLogger("flytekit_ckpt")
@@ -304,16 +328,21 @@ def _arguments(function: Callable[..., Any], inputs: Mapping[str, str]) -> dict[
 
 
 def _argument(name: str, text: str, kind: Any) -> Any:
-    if kind is str:
-        return text
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if text == "null" and types.NoneType in typing.get_args(kind):
+            return None
+        choices = [choice for choice in typing.get_args(kind) if choice is not types.NoneType]
+        kind = choices[0] if len(choices) == 1 else None
+    if kind in (str, Path):
+        return kind(text)
     try:
         value = json.loads(text)
     except ValueError:
         value = text
-    if kind is Path:
-        return Path(text)
-    expected = {int: int, float: (int, float), bool: bool}.get(kind, object)
-    if not isinstance(value, expected) or (kind is int and isinstance(value, bool)):  # type: ignore[arg-type]
-        message = f"{name}={text} is not {kind.__name__}"
+    wanted = typing.get_origin(kind) or kind
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted in (int, float, bool, list, dict) and type(value) is not wanted:
+        message = f"{name}={text} is not {wanted.__name__}"
         raise TaskFailedError(message)
     return value
