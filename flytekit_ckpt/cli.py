@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import click
 
 from flytekit_ckpt import __version__, runner
@@ -30,6 +33,8 @@ def run(target: str, inputs: tuple[str, ...], retries: int, root: str | None, pr
     Every attempt is a process of its own, and finds the checkpoint of the one before it. An attempt that raises
     FlyteRecoverableException, or is killed, is retried; any other exception ends the run.
     """
+    # So that the attempt ends, and its temporary files go, with a runner that is told to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments: dict[str, str] = {}
     for text in inputs:
         name, separator, value = text.partition("=")

@@ -151,6 +151,9 @@ class _Attempt:
                     if kind == "started" and preempt_after is not None:
                         deadline = time.monotonic() + preempt_after
                 elif not self._process.is_alive():
+                    while self._events.poll() and self._take() != "closed":
+                        # What it sent between the two questions.
+                        pass
                     break
         finally:
             self._kill()
@@ -208,11 +211,11 @@ def _described(event: layout.Event) -> str:
 
 
 def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
-    return f"{size:.3g} GB"
+    return f"{size:.3g} TB"
 
 
 def _unpickled(pickled: bytes | None, text: str) -> Any:
@@ -317,8 +320,12 @@ def _loaded(target: str) -> Callable[..., Any]:
 
 
 def _arguments(function: Callable[..., Any], inputs: Mapping[str, str]) -> dict[str, Any]:
-    types = typing.get_type_hints(function)
-    arguments = {name: _argument(name, text, types.get(name)) for name, text in inputs.items()}
+    try:
+        kinds = typing.get_type_hints(function)
+    except NameError:
+        # An annotation that only type checkers can evaluate.
+        kinds = {}
+    arguments = {name: _argument(name, text, kinds.get(name)) for name, text in inputs.items()}
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:

@@ -56,7 +56,8 @@ mon cluster log to file = false
 rgw frontends = beast endpoint=127.0.0.1:{gateway_port} tcp_nodelay=1
 # What is deleted or overwritten stays for two hours otherwise, and a full store hangs every write.
 rgw gc obj min wait = 1
-rgw gc processor period = 5
+rgw gc processor period = 1
+# A gateway that is stopped in its first 5 seconds waits for this thread's sleep to end.
 rgw enable lc threads = false
 """
 
@@ -84,6 +85,11 @@ class S3Server:
 def available() -> str:
     """Say which server `serve` would start, without starting it."""
     return "Ceph RGW" if _ceph_is_installed() else "moto's server (Ceph's packages are not installed)"
+
+
+def checks_credentials() -> bool:
+    """Say whether the server that `serve` would start refuses strangers."""
+    return _ceph_is_installed()
 
 
 @contextlib.contextmanager
@@ -135,14 +141,16 @@ def _ceph(folder: Path) -> Iterator[S3Server]:
     for name in ("mon", "osd", "rgw", "run", "log"):
         (folder / name).mkdir(parents=True)
     fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
-    monitor_port, gateway_port = _free_ports(2)
-    configuration = folder / "ceph.conf"
-    configuration.write_text(
-        _CONFIGURATION.format(folder=folder, fsid=fsid, monitor_port=monitor_port, gateway_port=gateway_port)
-    )
-    monitor_map = str(folder / "monmap")
+    configuration, monitor_map = folder / "ceph.conf", str(folder / "monmap")
     key, secret = _credentials()
-    with contextlib.closing(_Processes(folder / "log", configuration)) as ceph:
+    with (
+        _reserved_port() as monitor_port,
+        _reserved_port() as gateway_port,
+        contextlib.closing(_Processes(folder / "log", configuration)) as ceph,
+    ):
+        configuration.write_text(
+            _CONFIGURATION.format(folder=folder, fsid=fsid, monitor_port=monitor_port, gateway_port=gateway_port)
+        )
         ceph.run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{monitor_port}]", monitor_map)
         ceph.run("ceph-mon", "--id=a", "--mkfs", "--monmap", monitor_map)
         ceph.start("ceph-mon", "--id=a", "-f")
@@ -175,7 +183,8 @@ class _Processes:
             self._wait(program, lambda: process.poll() is not None)
         finally:
             process.kill()
-        if process.wait():
+            process.wait()
+        if process.returncode:
             raise RuntimeError(self._failure(program, f"exited with {process.returncode}"))
 
     def wait_for_port(self, program: str, port: int) -> None:
@@ -197,18 +206,17 @@ class _Processes:
 
     def _launch(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         # setpriv becomes the program, so the process stays ours to end, and the kernel kills it if we are killed first.
-        command = [
-            "setpriv",
-            "--pdeathsig=KILL",
-            program,
-            f"--conf={self._configuration}",
-            "--no-mon-config",
-            *arguments,
-        ]
+        leashed = ("setpriv", "--pdeathsig=KILL", program)
+        # An OSD that asks the monitor for its settings forgets the fsid, and is sometimes refused for that.
+        settings = (f"--conf={self._configuration}", "--no-mon-config")
         with self._log(program).open("ab") as log:
             # In a session of its own a daemon outlasts the Ctrl-C that ends the tests, until they have cleaned up.
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                (*leashed, *settings, *arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def _wait(self, program: str, done: Callable[[], bool]) -> None:
@@ -222,8 +230,8 @@ class _Processes:
             time.sleep(0.02)
 
     def _failure(self, program: str, what: str) -> str:
-        tail = self._log(program).read_text(errors="replace").splitlines()[-30:]
-        return "\n".join([f"{program} {what}. Its log ends with:", *tail])
+        lines = filter(None, self._log(program).read_text(errors="replace").splitlines())
+        return "\n".join([f"{program} {what}. Its log ends with:", *list(lines)[-30:]])
 
     def _log(self, program: str) -> Path:
         return self._logs / f"{program}.log"
@@ -233,8 +241,11 @@ def _credentials() -> tuple[str, str]:
     return secrets.token_hex(10), secrets.token_hex(20)
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        # All are bound before the first is released, so that no two are the same.
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    with socket.socket() as reservation:
+        # Held for as long as the server runs: bound without listening, it keeps the port from everyone who asks for any
+        # free one, and Ceph, which reuses addresses too, may listen there. Another run that got it would pass for ours.
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind(("127.0.0.1", 0))
+        yield reservation.getsockname()[1]

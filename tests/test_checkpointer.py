@@ -21,6 +21,7 @@ from flytekit_ckpt import (
     SyncCheckpoint,
     UnsafeCheckpointError,
 )
+from tests import s3_server
 from tests.conftest import Place
 from tests.trees import look, make
 
@@ -104,6 +105,8 @@ def test_a_reader_that_breaks_leaves_what_was_saved(place: Place) -> None:
 def test_a_bucket_that_is_not_there_and_wrong_credentials_are_storage_errors(
     s3: Place, options: dict[str, str]
 ) -> None:
+    if options and not s3_server.checks_credentials():
+        pytest.skip("moto's server lets everybody in")
     uri = f"{s3.root}/x" if options else "s3://no-such-bucket/x"
     checkpoint = SyncCheckpoint(uri, uri, storage_options={**s3.options, **options})
     calls: list[Callable[[], object]] = [checkpoint.read, checkpoint.restore, lambda: checkpoint.write(b"x")]

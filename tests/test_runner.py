@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import re
 import subprocess
@@ -583,6 +584,23 @@ def test_a_result_larger_than_a_pipe_holds_comes_back_whole(task: Task) -> None:
             return bytes(5_000_000)
     """)
     assert run(target) == bytes(5_000_000)
+
+
+def test_a_result_sent_while_the_process_is_asked_whether_it_lives_is_not_lost(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = multiprocessing.process.BaseProcess.is_alive
+
+    def slowly(process: multiprocessing.process.BaseProcess) -> bool:
+        time.sleep(1)
+        return alive(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "is_alive", slowly)
+    assert run(task("def work():\n    time.sleep(0.15)\n    return 5")) == 5
+
+
+def test_an_annotation_that_only_type_checkers_see_does_not_stop_a_task(task: Task) -> None:
+    assert run(task("def work(n, d: 'Unknown' = None):\n    return n"), inputs={"n": "1"}) == 1
 
 
 def test_a_task_starts_processes_in_pythons_default_way(task: Task) -> None:

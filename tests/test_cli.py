@@ -1,0 +1,197 @@
+"""The command that is installed, from outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import flytekit_ckpt
+from flytekit_ckpt import SyncCheckpoint
+
+COMMAND = Path(sys.executable).with_name("flytekit-ckpt")
+
+# flytekit's own exception would cost each attempt the import of flytekit.
+IMPORTS = """
+import os, signal, time
+from flytekit_ckpt import current_checkpoint
+from flytekit_ckpt.errors import FlyteRecoverableException
+"""
+
+Task = Callable[[str], str]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    """Write a task file that defines `work`, and give the target that names it."""
+
+    def written(source: str) -> str:
+        file = tmp_path / "tasks.py"
+        file.write_text(IMPORTS + textwrap.dedent(source))
+        return f"{file}:work"
+
+    return written
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+
+
+INTERRUPTED_TWICE = """
+def work(size: int):
+    cp = current_checkpoint()
+    steps = len(cp.read() or b"") // size
+    cp.write(b"1" * size * (steps + 1))
+    if steps == 0:
+        raise FlyteRecoverableException("once")
+    if steps == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"steps": steps}
+"""
+
+
+def test_the_output_says_of_every_attempt_what_was_restored_and_saved_and_how_it_ended(task: Task) -> None:
+    ran = command("run", task(INTERRUPTED_TWICE), "size=505", "--retries", "4")
+    patterns = [
+        r"checkpoints: /.*/work-\w+",
+        r"attempt 1 of 5",
+        r"  saved payload, 505 B in \d+\.\d+ s",
+        r"  raised FlyteRecoverableException: once after \d+\.\d+ s",
+        r"attempt 2 of 5",
+        r"  restored payload, 505 B in \d+\.\d+ s",
+        r"  saved payload, 1\.01 kB in \d+\.\d+ s",
+        r"  killed by SIGKILL after \d+\.\d+ s",
+        r"attempt 3 of 5",
+        r"  restored payload, 1\.01 kB in \d+\.\d+ s",
+        r"  saved payload, 1\.5\d kB in \d+\.\d+ s",
+        r"  succeeded after \d+\.\d+ s",
+        r"result: \{'steps': 2\}",
+    ]
+    lines = ran.stdout.splitlines()
+    assert [pattern for pattern, line in zip(patterns, lines, strict=True) if not re.fullmatch(pattern, line)] == []
+    assert ran.stderr == ""
+    assert ran.returncode == 0
+
+
+def test_a_saved_folder_is_called_a_tree(task: Task, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(bytes(2_500_000))
+    target = task("""
+        def work(folder: str):
+            cp = current_checkpoint()
+            if cp.restore() is None:
+                cp.save(folder)
+                raise FlyteRecoverableException("once")
+    """)
+    ran = command("run", target, f"folder={tmp_path / 'model'}", "--retries=1")
+    assert re.search(r"^  saved tree, [\d.]+ kB in \d", ran.stdout, re.MULTILINE)
+    assert re.search(r"^  restored tree, 2\.5 MB in \d", ran.stdout, re.MULTILINE)
+    assert ran.stdout.endswith("\nresult: None\n")
+
+
+def test_the_traceback_of_a_failing_task_is_printed_and_the_exit_code_says_so(task: Task) -> None:
+    target = task("""
+        def work():
+            raise ValueError("broken for good")
+    """)
+    ran = command("run", target, "--retries", "3")
+    assert ran.returncode == 1
+    assert re.search(r"^  failed after \d", ran.stdout, re.MULTILINE)
+    assert "attempt 2" not in ran.stdout
+    assert "result:" not in ran.stdout
+    # The task's traceback, and none of the command's own.
+    assert ran.stderr.startswith("Error: Traceback (most recent call last):\n")
+    assert 'tasks.py", line' in ran.stderr
+    assert ran.stderr.count("Traceback") == 1
+    assert ran.stderr.rstrip().endswith("ValueError: broken for good")
+
+
+def test_preempt_after_kills_every_attempt(task: Task) -> None:
+    target = task("""
+        def work():
+            time.sleep(600)
+    """)
+    ran = command("run", target, "--preempt-after", "0.1", "--retries", "1")
+    assert len(re.findall(r"^  killed by SIGKILL after", ran.stdout, re.MULTILINE)) == 2
+    assert ran.stderr == "Error: no attempt is left: all 2 were interrupted; give more with --retries\n"
+    assert ran.returncode == 1
+
+
+def test_nothing_is_retried_unless_it_is_asked_for(task: Task) -> None:
+    ran = command("run", task(INTERRUPTED_TWICE), "size=1")
+    assert "attempt 1 of 1\n" in ran.stdout
+    assert "no attempt is left: all 1 " in ran.stderr
+    assert ran.returncode == 1
+
+
+def test_a_named_root_keeps_every_attempts_checkpoint(task: Task, tmp_path: Path) -> None:
+    root = tmp_path / "kept"
+    ran = command("run", task(INTERRUPTED_TWICE), "size=1", "--retries=2", "--root", root)
+    prefix = ran.stdout.splitlines()[0].removeprefix("checkpoints: ")
+    assert Path(prefix).parent == root
+    assert [path.name for path in sorted(Path(prefix).iterdir())] == ["attempt-1", "attempt-2", "attempt-3"]
+    assert SyncCheckpoint("unused", f"{prefix}/attempt-3/_flytecheckpoints").read() == b"111"
+
+
+def test_what_follows_the_first_equals_sign_is_the_value(task: Task) -> None:
+    target = task("""
+        def work(query):
+            return query
+    """)
+    assert command("run", target, "query=a=b=c").stdout.endswith("\nresult: 'a=b=c'\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["n"], "an input is given as NAME=VALUE, not 'n'"),
+        (["=3"], "an input is given as NAME=VALUE, not '=3'"),
+        (["--retries", "-1"], "--retries"),
+        (["--retries", "some"], "--retries"),
+        (["--preempt-after", "-1"], "--preempt-after"),
+    ],
+    ids=["no equals sign", "no name", "negative retries", "retries that are no number", "negative time"],
+)
+def test_a_misused_command_is_explained_and_runs_nothing(task: Task, arguments: list[str], says: str) -> None:
+    ran = command("run", task("def work(n: int = 0): print('ran')"), *arguments)
+    assert ran.returncode == 2
+    assert says in ran.stderr
+    assert "Usage: flytekit-ckpt run" in ran.stderr
+    assert ran.stdout == ""
+
+
+def test_a_task_that_is_not_there_is_an_error_without_traceback(tmp_path: Path) -> None:
+    ran = command("run", f"{tmp_path}/missing.py:work")
+    assert ran.returncode == 1
+    assert re.fullmatch(r"Error: there is no file '.*/missing\.py': .*\n", ran.stderr)
+
+
+def test_the_version_is_the_packages() -> None:
+    ran = command("--version")
+    assert ran.stdout.split()[-1] == flytekit_ckpt.__version__
+    assert ran.returncode == 0
+
+
+def test_an_attempt_ends_with_a_runner_that_is_told_to_stop(task: Task, tmp_path: Path) -> None:
+    target = task("""
+        def work(pid: str):
+            with open(pid, "w") as file:
+                file.write(str(os.getpid()))
+            print("started", flush=True)
+            time.sleep(600)
+    """)
+    arguments = [COMMAND, "run", target, f"pid={tmp_path / 'pid'}"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as runner:
+        assert runner.stdout is not None
+        while "started" not in runner.stdout.readline():
+            assert runner.poll() is None
+        runner.terminate()
+        assert runner.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
