@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import flytekit_ckpt
 from flytekit_ckpt import SyncCheckpoint, checkpointer, v2
+from tests import s3_server
 from tests.conftest import Place
 from tests.trees import CONTENTS, Tree, look, make, trees
 
@@ -98,6 +99,8 @@ class BothPackages(RuleBasedStateMachine):
         that is a deviation with a test of its own.
         """
         kinds = {name: content is None for name, content in tree.items()}
+        if not (self.place.is_local or s3_server.checks_credentials() or all(map(str.isprintable, kinds))):
+            return False  # moto's server does not find its way to such keys
         if any(self.kinds.get(name, kind) != kind for name, kind in kinds.items()) or self.linked & kinds.keys():
             return False
         self.kinds |= kinds
