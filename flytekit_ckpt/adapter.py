@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from flytekit_ckpt import layout, storage
-from flytekit_ckpt.entries import CHUNK_SIZE, Entry, file_entry, in_part, merge, scan_folder, stream_entry
-from flytekit_ckpt.errors import CheckpointError
+from flytekit_ckpt.archive import Unit
+from flytekit_ckpt.entries import Entry, file_entry, folder_size, in_part, scan_folder, stream_entry
+from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk
+from flytekit_ckpt.storage import Settings
 
 
 class Destination:
@@ -24,83 +27,158 @@ class Destination:
     ----------
     uri : str
         The object.
-    options : mapping, optional
-        Keyword arguments of the fsspec filesystem.
+    settings : Settings
+        How it is reached.
     """
 
-    def __init__(self, uri: str, options: storage.StorageOptions | None) -> None:
+    def __init__(self, uri: str, settings: Settings) -> None:
         self._uri = uri
-        self._options = options
+        self._settings = settings
         self._parts: dict[str, int] = {}
         self._written: storage.Written | None = None
+        # The units of a tree; none while the object is a payload.
+        self._units: list[Unit] = []
         self._lock = threading.Lock()
 
     def save_bytes(self, content: bytes) -> None:
         """Save bytes as the entry `_dst_cp`."""
-        self._save_stream([content], len(content))
+        self._save_stream([content], len(content), None)
 
-    def save_reader(self, reader: IO[bytes]) -> None:
+    def save_reader(self, reader: IO[bytes], callback: Callback | None) -> None:
         """Save what a binary reader still has to give as the entry `_dst_cp`."""
-        self._save_stream(_chunks(reader), _remaining(reader))
+        self._save_stream(_chunks(reader), _remaining(reader), callback)
 
-    def save_file(self, path: Path) -> None:
+    def save_file(self, path: Path, callback: Callback | None) -> None:
         """Save a regular file as the entry of its name."""
-        self._save_entries(path.name, iter([file_entry(path, path.name)]))
+        entry = file_entry(path, path.name)
+        self._save_entries(path.name, iter([entry]), lambda: entry.info.size, callback)
 
-    def save_folder(self, path: Path) -> None:
+    def save_folder(self, path: Path, callback: Callback | None) -> None:
         """Save a folder's contents as entries of their names, merged with other parts file by file."""
-        self._save_entries(f"{path.resolve()}/", scan_folder(path))
+        size = functools.partial(folder_size, path)
+        self._save_entries(f"{path.resolve()}/", scan_folder(path), size, callback)
 
-    def _save_stream(self, chunks: Iterable[bytes], size: int | None) -> None:
+    def _save_stream(self, chunks: Iterable[Chunk], size: int | None, callback: Callback | None) -> None:
         with self._lock:
             part = layout.LEGACY_PAYLOAD_NAME
             if self._parts.keys() <= {part}:
-                written = layout.put_payload(self._uri, chunks, self._options, size=size)
-                self._remember(part, written)
+                self._put_payload(part, chunks, size, callback)
                 return
             with layout.sized(chunks, size) as (content, known):
-                self._put_tree(part, iter([stream_entry(part, content, known)]))
+                self._put_tree(part, iter([stream_entry(part, content, known)]), lambda: known, callback)
 
-    def _save_entries(self, part: str, entries: Iterator[Entry]) -> None:
+    def _save_entries(
+        self, part: str, entries: Iterator[Entry], size: Callable[[], int], callback: Callback | None
+    ) -> None:
         with self._lock:
             if self._parts.keys() <= {part}:
                 first = next(entries, None)
                 second = next(entries, None)
                 if first is not None and second is None and _is_legacy_payload(first):
-                    written = layout.put_payload(self._uri, first.chunks(), self._options, size=first.info.size)
-                    self._remember(part, written)
+                    self._put_payload(part, first.chunks(), first.info.size, callback)
                     return
                 entries = _chain(first, second, entries)
-            self._put_tree(part, entries)
+            self._put_tree(part, entries, size, callback)
 
-    def _put_tree(self, part: str, entries: Iterator[Entry]) -> None:
+    def _put_payload(self, part: str, chunks: Iterable[Chunk], size: int | None, callback: Callback | None) -> None:
+        written = layout.put_payload(self._uri, chunks, self._settings, size=size, callback=callback)
+        self._remember(part, written, [])
+
+    def _put_tree(
+        self, part: str, entries: Iterator[Entry], size: Callable[[], int], callback: Callback | None
+    ) -> None:
         number = self._parts.get(part, len(self._parts))
-        entries = in_part(entries, number)
-        if self._parts.keys() - {part}:
-            entries = merge(older=self._carried(number), newer=entries)
-        self._remember(part, layout.put_tree(self._uri, entries, self._options))
+        items: Iterable[Entry | Unit] = in_part(entries, number)
+        carried = self._written if self._parts.keys() - {part} else None
+        if carried is not None:
+            opened = functools.partial(layout.get_unit, self._uri, written=carried, settings=self._settings)
+            items = merge(self._carried(carried), in_part(entries, number), number, opened)
+        written, units = layout.put_tree(
+            self._uri, items, self._settings, size=size, carried=carried, callback=callback
+        )
+        self._remember(part, written, units)
 
-    def _remember(self, part: str, written: storage.Written) -> None:
+    def _remember(self, part: str, written: storage.Written, units: list[Unit]) -> None:
         self._parts.setdefault(part, len(self._parts))
         self._written = written
+        self._units = units
 
-    def _carried(self, replaced: int) -> Iterator[Entry]:
-        """Entries of the object written last, but for those of the part that is being replaced."""
-        found = layout.get(self._uri, self._options)
-        if found is None or (self._written is not None and found.version != self._written.version):
-            message = (
-                f"{storage.public(self._uri)} was changed by another writer: what this checkpoint saved there before "
-                "is gone. Save to a destination of its own, or save everything again with a new checkpoint"
-            )
-            raise CheckpointError(message)
+    def _carried(self, written: storage.Written) -> Iterable[Entry | Unit]:
+        """What the object written last holds."""
+        if self._units:
+            return self._units
+        found = layout.get(self._uri, self._settings)
+        if found is None or found.version != written.version:
+            raise storage.overwritten(self._uri)
         if isinstance(found, layout.Payload):
-            # Only one part has been saved so far.
-            content = stream_entry(layout.LEGACY_PAYLOAD_NAME, found.chunks, found.size)
-            yield content
-            return
-        for entry in found.entries:
-            if entry.part != replaced:
-                yield entry
+            return [stream_entry(layout.LEGACY_PAYLOAD_NAME, found.chunks, found.size)]
+        return []
+
+
+def merge(
+    older: Iterable[Entry | Unit],
+    newer: Iterable[Entry],
+    replaced: int,
+    opened: Callable[[Unit], Iterable[Entry]],
+) -> Iterator[Entry | Unit]:
+    """Merge what an object holds with what is to be saved, both sorted, file by file.
+
+    Where both have a name, the newer one stays. Where one has a file and the other a folder, the newer one replaces it
+    with everything below. A unit that nothing newer touches is passed on as it is; only one that loses some of its
+    entries, and not all, is opened.
+
+    Parameters
+    ----------
+    older : iterable of Entry or Unit
+        What the object holds.
+    newer : iterable of Entry
+        What is to be saved.
+    replaced : int
+        The part whose older entries go.
+    opened : callable
+        Reads the entries of a unit.
+    """
+    ahead = _Newer(newer)
+    for item in older:
+        first, last, parts = (
+            (item.first, item.last, item.parts)
+            if isinstance(item, Unit)
+            else (item.sort_key, item.sort_key, {item.part})
+        )
+        if parts == {replaced}:
+            continue
+        yield from ahead.before(first)
+        if replaced not in parts and not ahead.touches(first, last):
+            yield item
+        elif first != last and isinstance(item, Unit):
+            for entry in opened(item):
+                yield from ahead.before(entry.sort_key)
+                if entry.part != replaced and not ahead.touches(entry.sort_key, entry.sort_key):
+                    yield entry
+    yield from ahead.before(None)
+
+
+class _Newer:
+    """Newer entries, handed on as their turn comes."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._entries = iter(entries)
+        self._next = next(self._entries, None)
+        # The last entry handed on, if it is not a folder: it takes the place of all that was below its name.
+        self._file: list[str] | None = None
+
+    def before(self, key: list[str] | None) -> Iterator[Entry]:
+        """Hand on the entries that come before a name, all that are left for `None`."""
+        while self._next is not None and (key is None or self._next.sort_key < key):
+            self._file = None if self._next.info.isdir() else self._next.sort_key
+            yield self._next
+            self._next = next(self._entries, None)
+
+    def touches(self, first: list[str], last: list[str]) -> bool:
+        """Tell whether a newer entry lies between two names, or takes the place of the first; call `before` first."""
+        if self._next is not None and self._next.sort_key <= last:
+            return True
+        return self._file is not None and first[: len(self._file)] == self._file
 
 
 def read_single(uri: str, found: layout.Payload | layout.Tree) -> bytes | None:
@@ -127,7 +205,7 @@ def read_single(uri: str, found: layout.Payload | layout.Tree) -> bytes | None:
 
 
 def _single_content(uri: str, entries: Iterator[Entry]) -> bytes | None:
-    content: list[bytes] = []
+    content: list[Chunk] = []
     names: set[str] = set()
     is_file = True
     for entry in entries:
@@ -171,7 +249,7 @@ def _remaining(reader: IO[bytes]) -> int | None:
     return max(end - position, 0)
 
 
-def _chunks(reader: IO[bytes]) -> Iterator[bytes]:
+def _chunks(reader: IO[bytes]) -> Iterator[Chunk]:
     while True:
         chunk = reader.read(CHUNK_SIZE)
         if not isinstance(chunk, (bytes, bytearray, memoryview)):

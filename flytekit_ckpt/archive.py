@@ -1,11 +1,12 @@
 """Entries as a gzip-compressed tar: entries in, chunks of bytes out, and back.
 
-Nothing here knows a URI or touches the disk. An archive is produced and consumed as an iterator of chunks, so that
-packing and uploading (or downloading and unpacking) overlap and neither an archive nor a large file is ever in memory.
+Nothing here knows a URI. An archive is produced and consumed as an iterator of chunks, so that packing and uploading
+(or downloading and unpacking) overlap and neither an archive nor a large file is ever in memory.
 
 The gzip file is made of many members, each holding up to `MEMBER_SIZE` bytes of the tar stream and stating its own
-compressed length in the header's extra field. Any gzip reader takes such a file; a parallel reader can find the members
-without inflating them, and the field marks an archive as ours from its first bytes on.
+compressed length in the header's extra field. Any gzip reader takes such a file; ours finds the members without
+inflating them, and works on several at the same time. Members belong to units: a large entry is a unit of its own,
+small ones share one. A unit's members can be carried from one archive into the next as they are.
 """
 
 from __future__ import annotations
@@ -19,20 +20,40 @@ import lzma
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
-from flytekit_ckpt.entries import CHUNK_SIZE, Entry, safe_name
+try:
+    from isal import igzip_lib
+    from isal import isal_zlib as deflate
+except ImportError:  # where isal has no wheel: slower, same format
+    deflate = zlib  # type: ignore[misc]
+    igzip_lib = None  # type: ignore[assignment]
+
+from flytekit_ckpt.entries import Entry, OpenFile, safe_name
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from flytekit_ckpt.pipeline import CHUNK_SIZE, MEMORY_BUDGET, Chunk, Range, ahead, in_order, processors
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from typing_extensions import Self
 
-MEMBER_SIZE = 4 << 20
-"""Bytes of tar stream in one gzip member; at most two of them are in memory."""
+MEMBER_SIZE = 2 << 20
+"""Bytes of tar stream in one gzip member."""
+
+LARGE_ENTRY = MEMBER_SIZE // 4
+"""Bytes of content from which on an entry has members of its own."""
 
 COMPRESSION_LEVEL = 1
-"""zlib's fastest level: ten times faster than gzip's default of 9 for a few per cent more bytes."""
+"""The fastest level that compresses: many times faster than gzip's default of 9 for a few per cent more bytes."""
+
+STORED_ABOVE = 0.9
+"""Share of its bytes that a member must compress to; one that does not (the weights of a model) is stored instead."""
+
+# The stubs of isal call it an instance.
+_DeflateError = cast("type[Exception]", deflate.error)
 
 _GZIP_MAGIC = b"\x1f\x8b"
 # RFC 1952: magic, deflate, flags = extra field, no time, no hint, unknown system, then the field: its length, our
@@ -40,6 +61,33 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _MEMBER_HEADER = struct.Struct("<4sIBBH2sHI")
 _MEMBER_MARK = b"FC"
 _MEMBER_TRAILER = struct.Struct("<II")
+# Members that claim to be larger than any of ours are read as a stream, in bounded memory.
+_MEMBER_LIMIT = 16 << 20
+# RFC 1951: the length of a stored block is a 16-bit number.
+_STORED_BLOCK = struct.Struct("<BHH")
+_STORED_BLOCK_SIZE = 0xFFFF
+_SAMPLE_SIZE = 16 << 10
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive members that hold whole entries, and nothing but them.
+
+    Attributes
+    ----------
+    first, last : list of str
+        Sort keys of the first and the last entry.
+    parts : frozenset of int
+        Numbers of the parts that the entries came from.
+    start, length : int
+        Where the members lie in the archive, in bytes.
+    """
+
+    first: list[str]
+    last: list[str]
+    parts: frozenset[int]
+    start: int
+    length: int
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,42 +95,223 @@ _MEMBER_TRAILER = struct.Struct("<II")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pack(entries: Iterable[Entry]) -> Iterator[bytes]:
-    """Turn sorted entries into an archive.
+def pack(
+    items: Iterable[Entry | Unit],
+    *,
+    memory: int = MEMORY_BUDGET,
+    record: Callable[[Unit], object] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Iterator[bytes | Range]:
+    """Turn sorted entries, and units of an earlier archive, into an archive.
+
+    Parameters
+    ----------
+    items : iterable of Entry or Unit
+        What the archive will hold.
+    memory : int
+        Bytes that the members under way may take.
+    record : callable, optional
+        Takes each unit of the new archive, in order.
+    progress : callable, optional
+        Takes the bytes of file content in each member that is done.
 
     Yields
     ------
-    bytes
-        One gzip member each: the compressed form of at most `MEMBER_SIZE` bytes of tar stream.
+    bytes or Range
+        One gzip member each, the compressed form of about `MEMBER_SIZE` bytes of tar stream; or, for a unit that is
+        carried over, where its members lie in the earlier archive.
     """
-    pending = bytearray()
-    for block in itertools.chain.from_iterable(map(_tar_blocks, entries)):
-        pending += block
-        while len(pending) >= MEMBER_SIZE:
-            yield _deflate(pending[:MEMBER_SIZE])
-            del pending[:MEMBER_SIZE]
-    # tar ends with two zero blocks; every tar program writes a whole record of them.
-    yield _deflate(pending + bytes(tarfile.RECORDSIZE))
+    plans = ((_cost(plan), plan) for plan in _Planner().plans(items))
+    threads = min(processors(), max(1, memory // (4 * MEMBER_SIZE)))
+    position = 0
+    unit: Unit | None = None
+    for plan, data in in_order(_Packer(), plans, threads=threads, memory=memory):
+        if isinstance(plan, Unit) or not plan.continues:
+            if unit is not None:
+                record(unit)
+            unit = None
+        if isinstance(plan, Unit):
+            record(replace(plan, start=position))
+            position += plan.length
+            yield Range(plan.start, plan.length)
+            continue
+        progress(plan.content)
+        length = len(data)
+        if unit is None:
+            unit = Unit(plan.first, plan.last, frozenset(plan.parts), position, length)
+        else:
+            unit = replace(unit, length=unit.length + length)
+        position += length
+        yield data
+    if unit is not None:
+        record(unit)
+    yield end_of_archive()
 
 
-def _tar_blocks(entry: Entry) -> Iterator[bytes]:
-    yield entry.info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-    size = 0
-    for chunk in entry.chunks():
-        size += len(chunk)
-        yield chunk
-    if size != entry.info.size:
-        message = f"{entry.name} has {size} bytes instead of the {entry.info.size} announced: save again"
-        raise CheckpointError(message)
-    yield bytes(-size % tarfile.BLOCKSIZE)
+def end_of_archive() -> bytes:
+    """Make the member that ends an archive: two zero blocks, of which every tar program writes a whole record."""
+    return _member(memoryview(bytes(tarfile.RECORDSIZE)))
 
 
-def _deflate(data: bytes | bytearray) -> bytes:
-    engine = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
-    body = engine.compress(data) + engine.flush()
-    length = _MEMBER_HEADER.size + len(body) + _MEMBER_TRAILER.size
+@dataclass
+class _Slice:
+    """Bytes of a file that are read when they are packed."""
+
+    file: Path | OpenFile
+    offset: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> _Slice:
+        start, stop, _ = part.indices(self.length)
+        return _Slice(self.file, self.offset + start, stop - start)
+
+
+@dataclass
+class _Plan:
+    """A member to be: pieces of the tar stream, some of them still on the disk."""
+
+    continues: bool = False
+    pieces: list[bytes | memoryview | _Slice] = field(default_factory=list)
+    size: int = 0
+    content: int = 0
+    first: list[str] = field(default_factory=list)
+    last: list[str] = field(default_factory=list)
+    parts: set[int] = field(default_factory=set)
+
+    def begin(self, entry: Entry) -> None:
+        self.last = entry.sort_key
+        self.first = self.first or self.last
+        self.parts.add(entry.part)
+
+    def add(self, piece: bytes | memoryview | _Slice) -> None:
+        self.pieces.append(piece)
+        self.size += len(piece)
+
+
+def _cost(plan: _Plan | Unit) -> int:
+    return 0 if isinstance(plan, Unit) else 2 * plan.size
+
+
+class _Planner:
+    """Divides the tar stream into members."""
+
+    def __init__(self) -> None:
+        self._plan = _Plan()
+
+    def plans(self, items: Iterable[Entry | Unit]) -> Iterator[_Plan | Unit]:
+        for item in items:
+            if isinstance(item, Unit):
+                yield from self._finish()
+                yield item
+            else:
+                yield from self._add(item)
+        yield from self._finish()
+
+    def _add(self, entry: Entry) -> Iterator[_Plan]:
+        header = entry.info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        is_large = entry.info.size >= LARGE_ENTRY
+        if is_large or self._plan.size + len(header) + entry.info.size > MEMBER_SIZE:
+            yield from self._finish()
+        self._plan.begin(entry)
+        self._plan.add(header)
+        size = 0
+        for content in _content_to_pack(entry, is_large=is_large):
+            size += len(content)
+            piece = content
+            while len(piece):
+                room = MEMBER_SIZE - self._plan.size
+                if not room:
+                    yield from self._finish(continued=True)
+                    continue
+                taken = piece[:room]
+                self._plan.add(taken)
+                self._plan.content += len(taken)
+                piece = piece[room:]
+        if size != entry.info.size:
+            message = f"{entry.name} has {size} bytes instead of the {entry.info.size} announced: save again"
+            raise CheckpointError(message)
+        self._plan.add(bytes(-size % tarfile.BLOCKSIZE))
+        if is_large:
+            yield from self._finish()
+
+    def _finish(self, *, continued: bool = False) -> Iterator[_Plan]:
+        if self._plan.size:
+            yield self._plan
+            self._plan = _Plan(continued)
+
+
+def _content_to_pack(entry: Entry, *, is_large: bool) -> Iterator[memoryview | _Slice]:
+    if entry.path is None:
+        yield from (memoryview(chunk) for chunk in entry.chunks())
+    elif entry.info.size:
+        # A small file is opened when it is packed: a member may hold a thousand of them.
+        yield _Slice(OpenFile(entry.path) if is_large else entry.path, 0, entry.info.size)
+
+
+class _Packer:
+    """Makes members of plans, in any number of threads; a new buffer for each member would cost more than its CRC."""
+
+    def __init__(self) -> None:
+        self._spare: list[bytearray] = []
+
+    def __call__(self, plan: _Plan | Unit) -> tuple[_Plan | Unit, bytes]:
+        if isinstance(plan, Unit):
+            return plan, b""
+        try:
+            buffer = self._spare.pop()
+        except IndexError:
+            buffer = bytearray(plan.size)
+        if len(buffer) < plan.size:
+            buffer = bytearray(plan.size)
+        view = memoryview(buffer)[: plan.size]
+        position = 0
+        for piece in plan.pieces:
+            place = view[position : position + len(piece)]
+            if isinstance(piece, _Slice):
+                file = piece.file if isinstance(piece.file, OpenFile) else OpenFile(piece.file)
+                file.read_into(place, piece.offset)
+            else:
+                place[:] = piece
+            position += len(piece)
+        plan.pieces.clear()
+        data = _member(view)
+        self._spare.append(buffer)
+        return plan, data
+
+
+def _member(data: memoryview) -> bytes:
+    body = _shrunk(data) or _stored(data)
+    length = _MEMBER_HEADER.size + sum(map(len, body)) + _MEMBER_TRAILER.size
     header = _MEMBER_HEADER.pack(_GZIP_MAGIC + b"\x08\x04", 0, 0, 255, 8, _MEMBER_MARK, 4, length)
-    return header + body + _MEMBER_TRAILER.pack(zlib.crc32(data), len(data))
+    return b"".join((header, *body, _MEMBER_TRAILER.pack(deflate.crc32(data), len(data))))
+
+
+def _shrunk(data: memoryview) -> list[bytes] | None:
+    """Compress, if samples of the data and the whole of it become smaller."""
+    if len(data) > 8 * _SAMPLE_SIZE:
+        starts = range(0, len(data), len(data) // 4)
+        sample = b"".join(data[start : start + _SAMPLE_SIZE] for start in starts)
+        if sum(map(len, _deflate(sample))) > STORED_ABOVE * len(sample):
+            return None
+    body = _deflate(data)
+    return body if sum(map(len, body)) <= STORED_ABOVE * len(data) else None
+
+
+def _deflate(data: bytes | memoryview) -> list[bytes]:
+    engine = deflate.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return [engine.compress(data), engine.flush()]
+
+
+def _stored(data: memoryview) -> list[bytes | memoryview]:
+    pieces: list[bytes | memoryview] = []
+    for start in range(0, len(data), _STORED_BLOCK_SIZE):
+        block = data[start : start + _STORED_BLOCK_SIZE]
+        is_last = start + len(block) == len(data)
+        pieces += (_STORED_BLOCK.pack(is_last, len(block), len(block) ^ 0xFFFF), block)
+    return pieces
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,10 +330,10 @@ class Kind(enum.Enum):
     OTHER = "anything else"
 
 
-def recognise(chunks: Iterable[bytes]) -> tuple[Kind, Iterator[bytes]]:
+def recognise(chunks: Iterable[Chunk]) -> tuple[Kind, Iterator[Chunk]]:
     """Tell what a stream of bytes looks like; returns the kind and the whole stream again."""
     source = iter(chunks)
-    taken: list[bytes] = []
+    taken: list[Chunk] = []
     probe = _Probe()
     for chunk in source:
         taken.append(chunk)
@@ -125,7 +354,7 @@ class _Probe:
         self.kind = Kind.EMPTY
         self._seen = bytearray()
 
-    def feed(self, chunk: bytes) -> bool:
+    def feed(self, chunk: Chunk) -> bool:
         """Take more bytes; returns whether the kind is now certain."""
         if not chunk:
             return False
@@ -141,30 +370,28 @@ class _Probe:
                 elif _is_tar_header(block):
                     self.kind = Kind.ARCHIVE
         return self.kind is not Kind.OTHER or (
-            len(self._seen) >= tarfile.BLOCKSIZE
-            and (_decompressor(self._seen) is None or len(self._seen) >= self.LIMIT)
+            len(self._seen) >= tarfile.BLOCKSIZE and (_compression(self._seen) is None or len(self._seen) >= self.LIMIT)
         )
 
     def end(self) -> None:
         """Take it that there are no more bytes."""
         if self.kind is Kind.OTHER and self._seen.startswith(_GZIP_MAGIC):
-            engine = _GzipDecompressor()
+            engine = _ZlibDecompressor()
             with contextlib.suppress(zlib.error):
                 engine.decompress(bytes(self._seen), tarfile.BLOCKSIZE)
                 if not engine.eof and engine.needs_input:
                     self.kind = Kind.BROKEN_GZIP
 
     def _is_ours(self) -> bool:
-        return (
-            len(self._seen) >= _MEMBER_HEADER.size
-            and self._seen.startswith(_GZIP_MAGIC)
-            and _MEMBER_HEADER.unpack_from(self._seen)[5] == _MEMBER_MARK
-        )
+        return bool(_stated_length(self._seen))
 
     def _decompressed(self) -> bytes:
-        engine = _decompressor(self._seen)
+        compression = _compression(self._seen)
+        if compression is _gzip:
+            # isal finds damage further on than tarfile would look.
+            compression = _ZlibDecompressor
         try:
-            return engine.decompress(bytes(self._seen), tarfile.BLOCKSIZE) if engine else b""
+            return compression().decompress(bytes(self._seen), tarfile.BLOCKSIZE) if compression else b""
         except _DECOMPRESSION_ERRORS:
             return b""
 
@@ -178,7 +405,7 @@ def _is_tar_header(block: bytes) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# Inflating
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +419,7 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
-class _GzipDecompressor:
+class _ZlibDecompressor:
     """One gzip member, with the interface of `bz2.BZ2Decompressor`; zlib verifies its CRC and length."""
 
     def __init__(self) -> None:
@@ -213,42 +440,135 @@ class _GzipDecompressor:
         return out
 
 
-_DECOMPRESSION_ERRORS = (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError)
+def _gzip() -> _Decompressor:
+    if igzip_lib is None:
+        return _ZlibDecompressor()
+    return igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
 
 
-def _decompressor(start: bytes | bytearray) -> _Decompressor | None:
-    """A fresh decompressor for what `start` begins with, `None` for plain bytes."""
+_DECOMPRESSION_ERRORS = (_DeflateError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError)
+
+
+def _compression(start: bytes | bytearray) -> Callable[[], _Decompressor] | None:
+    """What makes a decompressor for what begins with `start`, `None` for plain bytes."""
     if start.startswith(_GZIP_MAGIC):
-        return _GzipDecompressor()
+        return _gzip
     if start.startswith(b"BZh"):
-        return bz2.BZ2Decompressor()
+        return bz2.BZ2Decompressor
     if start.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00")):
-        return lzma.LZMADecompressor()
+        return lzma.LZMADecompressor
     return None
 
 
-def _inflate(chunks: Iterator[bytes]) -> Iterator[bytes]:
+class _Bytes:
+    """Bytes of a stream of chunks, taken in any number and copied only where a chunk ends in the middle."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._chunks = chunks
+        self._left = memoryview(b"")
+        self.position = 0
+
+    def pieces(self, size: int) -> Iterator[memoryview]:
+        """Yield the next `size` bytes, fewer at the end of the stream."""
+        while size:
+            while not self._left:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    return
+                self._left = memoryview(chunk)
+            piece, self._left = self._left[:size], self._left[size:]
+            size -= len(piece)
+            self.position += len(piece)
+            yield piece
+
+    def peek(self, size: int) -> bytes:
+        """Return the next `size` bytes, fewer at the end of the stream, without taking them."""
+        taken = b"".join(self.pieces(size))
+        self.position -= len(taken)
+        if taken:
+            self._left, rest = memoryview(taken), self._left
+            if rest:
+                self._chunks = itertools.chain((rest,), self._chunks)
+        return taken
+
+    def rest(self) -> Iterator[Chunk]:
+        yield from itertools.chain((self._left,), self._chunks)
+
+    # What tarfile asks of a file.
+
+    def read(self, size: int, /) -> bytes:
+        return b"".join(self.pieces(size))
+
+    def tell(self) -> int:
+        return self.position
+
+
+def _inflate(chunks: Iterator[Chunk], memory: int) -> Iterator[Chunk]:
+    """Decompress: our own members side by side, anything else as a stream, one step ahead of the reader."""
+    source = _Bytes(chunks)
+    threads = min(processors(), max(1, memory // (4 * MEMBER_SIZE)))
+    yield from in_order(_inflate_member, _members(source), threads=threads, memory=memory)
+    start = source.peek(6)
+    compression = _gzip if source.position else _compression(start)
+    if compression is None:
+        yield from source.rest()
+    elif start:
+        stream = _inflate_stream(source.rest(), compression)
+        yield from ahead(stream, count=max(1, min(8, memory // (2 * CHUNK_SIZE))))
+
+
+def _members(source: _Bytes) -> Iterator[tuple[int, list[memoryview]]]:
+    """Take the members that state their own length, up to something else or the end."""
+    while True:
+        header = source.peek(_MEMBER_HEADER.size)
+        length = _stated_length(header)
+        if length > _MEMBER_LIMIT or length < _MEMBER_HEADER.size + _MEMBER_TRAILER.size:
+            return
+        pieces = list(source.pieces(length))
+        if sum(map(len, pieces)) < length:
+            message = "it is truncated: its compressed data ends in the middle"
+            raise CorruptCheckpointError(message)
+        yield length + MEMBER_SIZE, pieces
+
+
+def _stated_length(header: bytes | bytearray) -> int:
+    """The length that one of our members states, 0 for anything else."""
+    if len(header) < _MEMBER_HEADER.size or not header.startswith(_GZIP_MAGIC):
+        return 0
+    _, _, _, _, _, mark, _, length = _MEMBER_HEADER.unpack_from(header)
+    return int(length) if mark == _MEMBER_MARK else 0
+
+
+def _inflate_member(pieces: list[memoryview]) -> bytes:
+    member = memoryview(b"".join(pieces)) if len(pieces) > 1 else pieces[0]
+    crc, size = _MEMBER_TRAILER.unpack(member[-_MEMBER_TRAILER.size :])
+    if size > _MEMBER_LIMIT:
+        message = "its compressed data is damaged (a member of an impossible size)"
+        raise CorruptCheckpointError(message)
+    engine = deflate.decompressobj(-zlib.MAX_WBITS)
+    try:
+        data = engine.decompress(member[_MEMBER_HEADER.size : -_MEMBER_TRAILER.size], size + 1)
+    except _DeflateError as error:
+        message = f"its compressed data is damaged ({error})"
+        raise CorruptCheckpointError(message) from error
+    if not engine.eof or engine.unused_data or len(data) != size or deflate.crc32(data) != crc:
+        message = "its compressed data is damaged or truncated (checksum or length differ)"
+        raise CorruptCheckpointError(message)
+    return data
+
+
+def _inflate_stream(chunks: Iterator[Chunk], compression: Callable[[], _Decompressor]) -> Iterator[bytes]:
     """Decompress a stream of one or many members, none of which may be cut short."""
-    start = b""
-    for chunk in chunks:
-        start += chunk
-        if len(start) >= 6:
-            break
-    engine = _decompressor(start)
-    source = itertools.chain((start,), chunks)
-    if engine is None:
-        yield from source
-        return
-    for chunk in source:
-        data = bytes(chunk)
-        while data or not (engine.eof or engine.needs_input):
-            if engine.eof:
+    engine: _Decompressor | None = None
+    for piece in itertools.chain.from_iterable(map(_small, chunks)):
+        data = piece
+        while data or not (engine is None or engine.eof or engine.needs_input):
+            if engine is None or engine.eof:
                 # Zeros between and after members are padding.
                 data = data.lstrip(b"\0")
                 if not data:
                     break
-                engine = _decompressor(start)
-                assert engine is not None
+                engine = compression()
             try:
                 out = engine.decompress(data, CHUNK_SIZE)
             except _DECOMPRESSION_ERRORS as error:
@@ -257,24 +577,23 @@ def _inflate(chunks: Iterator[bytes]) -> Iterator[bytes]:
             data = engine.unused_data if engine.eof else b""
             if out:
                 yield out
-    if not engine.eof:
+    if engine is not None and not engine.eof:
         message = "it is truncated: its compressed data ends in the middle"
         raise CorruptCheckpointError(message)
 
 
-class _ChunkReader:
-    """The `read` of a file, over an iterator of chunks."""
+def _small(chunk: Chunk) -> Iterator[bytes]:
+    """Cut a chunk up: zlib copies what it has not used yet at every step."""
+    for start in range(0, len(chunk), _SMALL):
+        yield bytes(chunk[start : start + _SMALL])
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._left = b""
 
-    def read(self, size: int, /) -> bytes:
-        """Return at least one byte and at most `size`, fewer than asked for at a chunk's end; b"" at the end."""
-        if not self._left:
-            self._left = next(self._chunks, b"")
-        out, self._left = self._left[:size], self._left[size:]
-        return out
+_SMALL = 128 << 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 _END_OF_ARCHIVE: type[tarfile.HeaderError] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
@@ -294,10 +613,17 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise CorruptCheckpointError(message) from error
 
 
-def read(chunks: Iterable[bytes]) -> Iterator[Entry]:
+def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[Entry]:
     """Read an archive made by anyone, in any compression that tarfile opens.
 
     Everything that carries a checksum is verified, up to the archive's very end, before the iterator is exhausted.
+
+    Parameters
+    ----------
+    chunks : iterable of bytes
+        The archive.
+    memory : int
+        Bytes that what is being inflated may take.
 
     Yields
     ------
@@ -311,21 +637,16 @@ def read(chunks: Iterable[bytes]) -> Iterator[Entry]:
     UnsafeCheckpointError
         If an entry lies outside the archive's folder, or is a device or a fifo.
     """
-    inflated = _inflate(iter(chunks))
+    stream = _Bytes(_inflate(iter(chunks), memory))
     with _damage_reported():
-        tar = tarfile.open(  # noqa: SIM115 - closing it would only write an end marker
-            fileobj=cast("IO[bytes]", _ChunkReader(inflated)),
-            mode="r|",
-            bufsize=CHUNK_SIZE,
-            tarinfo=_StrictTarInfo,
-            errorlevel=2,
-        )
+        tar = tarfile.TarFile(fileobj=cast("IO[bytes]", stream), tarinfo=_StrictTarInfo, errorlevel=2)
     members = iter(tar)
     while True:
         with _damage_reported():
             info = next(members, None)
         if info is None:
             break
+        following = tar.offset
         # tarfile would remember every entry of the archive.
         tar.members.clear()  # type: ignore[attr-defined]
         info.name = safe_name(info.name)
@@ -335,24 +656,43 @@ def read(chunks: Iterable[bytes]) -> Iterator[Entry]:
         if info.islnk():
             info.linkname = safe_name(info.linkname)
         if info.name:
-            yield Entry(info, functools.partial(_content, tar, info))
-    for _ in inflated:
+            yield Entry(info, functools.partial(_content, stream, info))
+        _skip(stream, following)
+    for _ in stream.rest():
         # What follows the end marker is only verified.
         pass
 
 
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
+def _skip(stream: _Bytes, position: int) -> None:
+    """Pass over what nobody has read of an entry's content, and over its padding."""
+    for _ in stream.pieces(position - stream.position):
+        pass
+    if stream.position != position:
+        message = "it is truncated: an entry's content ends in the middle"
+        raise CorruptCheckpointError(message)
+
+
+def _content(stream: _Bytes, info: tarfile.TarInfo) -> Iterator[Chunk]:
     if not info.isreg():
         return
-    with _damage_reported():
-        file = tar.extractfile(info)
-    assert file is not None
-    while True:
-        with _damage_reported():
-            chunk = file.read(CHUNK_SIZE)
-        if not chunk:
-            break
-        yield chunk
+    if stream.position != info.offset_data:
+        message = f"the content of {info.name!r} can be read once only, before the next entry"
+        raise RuntimeError(message)
+    # Only GNU tar makes sparse entries: pairs of where some bytes go and how many, zeros between them.
+    done = 0
+    for start, size in [*(info.sparse or [(0, info.size)]), (info.size, 0)]:
+        if start < done:
+            message = f"the parts of {info.name!r} overlap"
+            raise CorruptCheckpointError(message)
+        for position in range(done, start, CHUNK_SIZE):
+            yield bytes(min(CHUNK_SIZE, start - position))
+        done = start
+        for piece in stream.pieces(size):
+            done += len(piece)
+            yield piece
+    if done != info.size:
+        message = f"the content of {info.name!r} ends in the middle: it is truncated"
+        raise CorruptCheckpointError(message)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from flytekit_ckpt import adapter, layout, storage
+from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback
 
 
 class Checkpoint(ABC):
@@ -55,6 +56,9 @@ class SyncCheckpoint(Checkpoint):
         pair of quotes, means that there was none.
     storage_options : mapping, keyword only, optional
         Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
+    memory_budget : int, keyword only, default 256 MiB
+        Bytes that one save or load may hold in memory, however large the checkpoint. An object above 80 GB on S3 needs
+        eight parts of a ten-thousandth of its size within a quarter of it to be moved at full speed.
 
     Examples
     --------
@@ -73,11 +77,12 @@ class SyncCheckpoint(Checkpoint):
         checkpoint_src: str | None = None,
         *,
         storage_options: storage.StorageOptions | None = None,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
-        self._storage_options = storage_options
-        self._destination = adapter.Destination(self._checkpoint_dest, storage_options)
+        self._settings = storage.Settings(storage_options or {}, memory_budget)
+        self._destination = adapter.Destination(self._checkpoint_dest, self._settings)
         self._restored: Path | None = None
         self._restored_names: list[str] = []
         self._was_read = False
@@ -87,7 +92,7 @@ class SyncCheckpoint(Checkpoint):
         """Tell whether a source was given; whether a checkpoint is there, only `read` or `restore` can tell."""
         return self._checkpoint_src is not None
 
-    def restore(self, path: Path | str | None = None) -> Path | None:
+    def restore(self, path: Path | str | None = None, *, callback: Callback | None = None) -> Path | None:
         """Restore the previous attempt's checkpoint, all of it or nothing.
 
         Bytes that were written are the file `_dst_cp`. Files of the same names are replaced, others stay.
@@ -96,6 +101,8 @@ class SyncCheckpoint(Checkpoint):
         ----------
         path : pathlib.Path or str, optional
             An existing folder to restore into; a temporary one, kept as long as this instance, if not given.
+        callback : fsspec.callbacks.Callback, keyword only, optional
+            Told of the object's bytes as they arrive.
 
         Returns
         -------
@@ -119,7 +126,7 @@ class SyncCheckpoint(Checkpoint):
             if folder is not None and not folder.is_dir():
                 message = "Checkpoints can be restored to a directory only."
                 raise ValueError(message)
-            found = layout.get(self._checkpoint_src, self._storage_options)
+            found = layout.get(self._checkpoint_src, self._settings, callback)
             if found is None:
                 layout.log_nothing(self._checkpoint_src)
                 return None
@@ -130,7 +137,7 @@ class SyncCheckpoint(Checkpoint):
             self._restored = folder
             return folder
 
-    def save(self, cp: Path | str | io.BufferedReader) -> None:
+    def save(self, cp: Path | str | io.BufferedReader, *, callback: Callback | None = None) -> None:
         """Add to this attempt's checkpoint, and store it.
 
         A file is kept under its name, what a reader gives as `_dst_cp`. Folders are merged file by file, what is saved
@@ -140,6 +147,8 @@ class SyncCheckpoint(Checkpoint):
         ----------
         cp : pathlib.Path, str or binary reader
             A file, a folder, or a reader, which is read from its position to its end and left open.
+        callback : fsspec.callbacks.Callback, keyword only, optional
+            Told of the bytes of the files as they are stored.
 
         Raises
         ------
@@ -157,16 +166,16 @@ class SyncCheckpoint(Checkpoint):
         if isinstance(cp, (str, Path)):
             path = Path(cp)
             if path.is_dir():
-                self._destination.save_folder(path)
+                self._destination.save_folder(path, callback)
             elif path.is_file():
-                self._destination.save_file(path)
+                self._destination.save_file(path, callback)
             else:
                 raise layout.not_savable(path)
         elif isinstance(cp, io.TextIOBase):
             message = "a checkpoint is bytes, but the reader gives text: open it in binary mode"
             raise TypeError(message)
         elif isinstance(cp, io.IOBase):
-            self._destination.save_reader(cast("IO[bytes]", cp))
+            self._destination.save_reader(cast("IO[bytes]", cp), callback)
         else:
             message = f"Only a valid path or IOBase type (reader) should be provided, received {type(cp)}"
             raise ValueError(message)  # noqa: TRY004 - flytekit's error for it
@@ -194,7 +203,7 @@ class SyncCheckpoint(Checkpoint):
             if self._restored is not None:
                 adapter.check_single(self._checkpoint_src, self._restored_names)
                 return (self._restored / self._restored_names[0]).read_bytes() if self._restored_names else None
-            found = layout.get(self._checkpoint_src, self._storage_options)
+            found = layout.get(self._checkpoint_src, self._settings)
             if found is None:
                 layout.log_nothing(self._checkpoint_src)
                 return None

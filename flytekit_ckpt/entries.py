@@ -5,7 +5,6 @@ Nothing here knows how an archive is encoded or where it is stored.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import os
 import stat
@@ -18,9 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-
-CHUNK_SIZE = 1 << 20
-"""Bytes of file content read, inflated or written at a time."""
+from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk
 
 PART_KEY = "flytekit_ckpt.part"
 """PAX keyword naming the part (one saved file or folder) that an entry came from; absent for part 0."""
@@ -41,10 +38,13 @@ class Entry:
     chunks : callable, optional
         Returns the content of a regular file as an iterator of byte strings, `info.size` bytes in all. An entry read
         from an archive can only be read before the next entry is asked for.
+    path : pathlib.Path, optional
+        The file on the local disk that holds the content, if one does: it can be read out of turn.
     """
 
     info: tarfile.TarInfo
-    chunks: Callable[[], Iterator[bytes]] = lambda: iter(())
+    chunks: Callable[[], Iterator[Chunk]] = lambda: iter(())
+    path: Path | None = None
 
     @property
     def name(self) -> str:
@@ -76,38 +76,50 @@ def scan_folder(folder: Path) -> Iterator[Entry]:
     A link that leads out of the folder, or is absolute, is given as what it points to: in the next container it would
     dangle. Hard links are files. Sockets, fifos, devices and links to nothing are left out with a warning.
     """
-    return _scan(folder, "", os.path.realpath(folder), ())
+    return _scan(folder, "", os.path.realpath(folder), (), _warn_left_out)
 
 
-def _scan(folder: Path, prefix: str, root: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+def folder_size(folder: Path) -> int:
+    """Sum up the bytes of the files that `scan_folder` will give."""
+    entries = _scan(folder, "", os.path.realpath(folder), (), lambda *_: None)
+    return sum(entry.info.size for entry in entries)
+
+
+def _scan(
+    folder: Path,
+    prefix: str,
+    root: str,
+    above: tuple[tuple[int, int], ...],
+    left_out: Callable[[Path, str], object],
+) -> Iterator[Entry]:
     here = os.stat(folder)
     identity = (here.st_dev, here.st_ino)
     if identity in above:
-        _warn_left_out(folder, "a link leads from a folder back to itself")
+        left_out(folder, "a link leads from a folder back to itself")
         return
     for item in sorted(os.scandir(folder), key=lambda item: item.name):
         path, name = Path(item.path), prefix + item.name
         if item.is_symlink():
             link = os.readlink(path)
             if not os.path.exists(path):
-                _warn_left_out(path, f"it is a link to {link}, which does not exist")
+                left_out(path, f"it is a link to {link}, which does not exist")
                 continue
             if _stays_inside(path, link, root):
                 if _is_storable(os.stat(path)):
                     yield _link_entry(path, name, link)
                 else:
-                    _warn_left_out(path, f"it is a link to {link}, which is neither a file nor a folder")
+                    left_out(path, f"it is a link to {link}, which is neither a file nor a folder")
                 continue
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
             yield Entry(_header(name, status, tarfile.DIRTYPE))
             # Behind a link that leads out, links are judged by the folder that they lie in.
             inner_root = os.path.realpath(path) if item.is_symlink() else root
-            yield from _scan(path, name + "/", inner_root, (*above, identity))
+            yield from _scan(path, name + "/", inner_root, (*above, identity), left_out)
         elif stat.S_ISREG(status.st_mode):
             yield file_entry(path, name, status)
         else:
-            _warn_left_out(path, "it is neither a file, a folder nor a link")
+            left_out(path, "it is neither a file, a folder nor a link")
 
 
 def file_entry(path: Path, name: str, status: os.stat_result | None = None) -> Entry:
@@ -115,10 +127,10 @@ def file_entry(path: Path, name: str, status: os.stat_result | None = None) -> E
     status = status or os.stat(path)
     info = _header(name, status, tarfile.REGTYPE)
     info.size = status.st_size
-    return Entry(info, lambda: file_chunks(path, info.size))
+    return Entry(info, lambda: file_chunks(path, info.size), path)
 
 
-def stream_entry(name: str, chunks: Iterable[bytes], size: int) -> Entry:
+def stream_entry(name: str, chunks: Iterable[Chunk], size: int) -> Entry:
     """Describe `size` bytes of content that come from elsewhere as the entry `name`."""
     info = tarfile.TarInfo(name)
     info.size = size
@@ -131,26 +143,6 @@ def in_part(entries: Iterable[Entry], part: int) -> Iterator[Entry]:
     for entry in entries:
         headers = {key: value for key, value in entry.info.pax_headers.items() if key != PART_KEY}
         entry.info.pax_headers = {**headers, PART_KEY: str(part)} if part else headers
-        yield entry
-
-
-def merge(older: Iterable[Entry], newer: Iterable[Entry]) -> Iterator[Entry]:
-    """Merge two sorted streams of entries, file by file; where both have a name, the newer one stays.
-
-    Where one has a file and the other a folder, the newer one replaces it with everything below.
-    """
-    tagged = heapq.merge(
-        ((entry.sort_key, 0, entry) for entry in newer),
-        ((entry.sort_key, 1, entry) for entry in older),
-        key=lambda item: item[:2],
-    )
-    last_newer: list[str] = []
-    is_folder = True
-    for key, is_older, entry in tagged:
-        if not is_older:
-            last_newer, is_folder = key, entry.info.isdir()
-        elif key == last_newer or (not is_folder and key[: len(last_newer)] == last_newer):
-            continue
         yield entry
 
 
@@ -188,21 +180,52 @@ def _warn_left_out(path: Path, reason: str) -> None:
     warnings.warn(f"{path} is left out of the checkpoint: {reason}", RuntimeWarning, stacklevel=3)
 
 
+class OpenFile:
+    """A regular file that several threads read at once, closed when the last of them lets go of it.
+
+    A file that is replaced while it is being saved is saved as it was, and not a mixture.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            message = f"{path} was removed while it was being saved: save again"
+            raise CheckpointError(message) from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer from the file's `offset` on; a file that has fewer bytes by now is a `CheckpointError`."""
+        while buffer:
+            count = os.preadv(self._descriptor, [buffer], offset)
+            if not count:
+                raise self._shrank(offset)
+            buffer = buffer[count:]
+            offset += count
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Read at least one byte and at most `size` of them from the file's `offset` on, as `read_into` does."""
+        content = os.pread(self._descriptor, size, offset)
+        if not content:
+            raise self._shrank(offset)
+        return content
+
+    def _shrank(self, size: int) -> CheckpointError:
+        return CheckpointError(f"{self._path} shrank to {size} bytes while it was being saved: save again")
+
+
 def file_chunks(path: Path, size: int) -> Iterator[bytes]:
     """Read exactly `size` bytes of a file; a file that has fewer by now is a `CheckpointError`."""
-    left = size
-    try:
-        with path.open("rb", buffering=0) as file:
-            while left:
-                chunk = file.read(min(CHUNK_SIZE, left))
-                if not chunk:
-                    message = f"{path} shrank from {size} to {size - left} bytes while it was being saved: save again"
-                    raise CheckpointError(message)
-                left -= len(chunk)
-                yield chunk
-    except FileNotFoundError as error:
-        message = f"{path} was removed while it was being saved: save again"
-        raise CheckpointError(message) from error
+    file = OpenFile(path)
+    done = 0
+    while done < size:
+        chunk = file.read(min(CHUNK_SIZE, size - done), done)
+        done += len(chunk)
+        yield chunk
 
 
 # ---------------------------------------------------------------------------------------------------------------------

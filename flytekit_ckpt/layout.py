@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import logging
 import os
 import shutil
@@ -17,14 +18,16 @@ import stat
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flytekit_ckpt import archive, storage
-from flytekit_ckpt.archive import Kind
-from flytekit_ckpt.entries import CHUNK_SIZE, PAYLOAD_KEY, Entry, safe_name, scan_folder, stream_entry, unpack
+from flytekit_ckpt.archive import Kind, Unit
+from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, safe_name, scan_folder, stream_entry, unpack
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, StorageError
+from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk, Range, in_order
+from flytekit_ckpt.storage import Settings
 
 logger = logging.getLogger("flytekit_ckpt")
 
@@ -43,7 +46,7 @@ class Payload:
     """Bytes that were saved as they are: their number, and themselves."""
 
     size: int
-    chunks: Iterator[bytes]
+    chunks: Iterator[Chunk]
     version: str | None
 
 
@@ -115,11 +118,12 @@ def not_savable(path: Path) -> Exception:
 
 def put_payload(
     uri: str,
-    chunks: Iterable[bytes],
-    options: storage.StorageOptions | None,
+    chunks: Iterable[Chunk],
+    settings: Settings,
     *,
     size: int | None = None,
     keep_archives: bool = False,
+    callback: Callback | None = None,
 ) -> storage.Written:
     """Store bytes as they are, or wrapped where a reader would take them for something else.
 
@@ -129,31 +133,85 @@ def put_payload(
         The object.
     chunks : iterable of bytes
         The payload.
-    options : mapping, optional
-        Keyword arguments of the fsspec filesystem.
+    settings : Settings
+        How the object is reached.
     size : int, optional
         Bytes of the payload, where known. A wrapped payload's size must be: where it is not, and only there, the
         payload takes a temporary file.
     keep_archives : bool, default False
         Store archives and empty payloads raw too, as Flyte 2 does: it unpacks the ones and ignores the others.
+    callback : fsspec callback, optional
+        Told of the payload's bytes.
     """
+    if callback is not None:
+        if size is not None:
+            callback.set_size(size)
+        chunks = _told(chunks, callback)
     kind, stream = archive.recognise(chunks)
     raw_kinds = {Kind.OTHER, Kind.ARCHIVE, Kind.EMPTY} if keep_archives else {Kind.OTHER}
     if kind in raw_kinds:
-        return _put(uri, stream, options, "payload")
+        known_size = None if size is None else lambda: size
+        return _put(uri, stream, settings, "payload", size=known_size)
     with sized(stream, size) as (content, known):
         entry = stream_entry(PAYLOAD_NAME, content, known)
         entry.info.pax_headers = {PAYLOAD_KEY: "1"}
-        return _put(uri, archive.pack([entry]), options, "payload")
+        packed = archive.pack([entry], memory=settings.share)
+        return _put(uri, packed, settings, "payload", size=lambda: known)
 
 
-def put_tree(uri: str, entries: Iterable[Entry], options: storage.StorageOptions | None) -> storage.Written:
-    """Store sorted entries as a tree."""
-    return _put(uri, archive.pack(entries), options, "tree")
+def put_tree(
+    uri: str,
+    items: Iterable[Entry | Unit],
+    settings: Settings,
+    *,
+    size: Callable[[], int],
+    carried: storage.Written | None = None,
+    callback: Callback | None = None,
+) -> tuple[storage.Written, list[Unit]]:
+    """Store sorted entries, and units of the object that is there, as a tree.
+
+    Parameters
+    ----------
+    uri : str
+        The object.
+    items : iterable of Entry or Unit
+        What the tree will hold.
+    settings : Settings
+        How the object is reached.
+    size : callable
+        Returns about how many bytes of file content the entries have.
+    carried : storage.Written, optional
+        The object that the units lie in.
+    callback : fsspec callback, optional
+        Told of the bytes of file content.
+
+    Returns
+    -------
+    storage.Written, list of Unit
+        The object, and where its units lie.
+    """
+    if callback is not None:
+        callback.set_size(size())
+    units: list[Unit] = []
+    packed = archive.pack(
+        items,
+        memory=settings.share,
+        record=units.append,
+        progress=callback.relative_update if callback is not None else lambda _: None,
+    )
+    before = 0 if carried is None else carried.size
+    written = _put(uri, packed, settings, "tree", size=lambda: size() + before, previous=carried)
+    return written, units
+
+
+def _told(chunks: Iterable[Chunk], callback: Callback) -> Iterator[Chunk]:
+    for chunk in chunks:
+        yield chunk
+        callback.relative_update(len(chunk))
 
 
 @contextlib.contextmanager
-def sized(chunks: Iterable[bytes], size: int | None) -> Iterator[tuple[Iterable[bytes], int]]:
+def sized(chunks: Iterable[Chunk], size: int | None) -> Iterator[tuple[Iterable[Chunk], int]]:
     """Give a stream with its size; one of unknown size goes through a temporary file, since tar states it first."""
     if size is not None:
         yield chunks, size
@@ -166,10 +224,18 @@ def sized(chunks: Iterable[bytes], size: int | None) -> Iterator[tuple[Iterable[
         yield iter(functools.partial(file.read, CHUNK_SIZE), b""), length
 
 
-def _put(uri: str, chunks: Iterator[bytes], options: storage.StorageOptions | None, shape: str) -> storage.Written:
+def _put(
+    uri: str,
+    chunks: Iterator[Chunk | Range],
+    settings: Settings,
+    shape: str,
+    *,
+    size: Callable[[], int] | None,
+    previous: storage.Written | None = None,
+) -> storage.Written:
     started = time.perf_counter()
-    target = storage.at(_written_uri(uri), options)
-    written = target.put(chunks)
+    target = storage.at(_written_uri(uri), settings)
+    written = target.put(chunks, size=size, previous=previous)
     Event("saved", shape, written.size, time.perf_counter() - started, storage.public(target.uri)).log()
     return written
 
@@ -189,8 +255,17 @@ def _written_uri(uri: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def get(uri: str, options: storage.StorageOptions | None) -> Payload | Tree | None:
+def get(uri: str, settings: Settings, callback: Callback | None = None) -> Payload | Tree | None:
     """Open the checkpoint at a URI; `None` if there is none, or an empty object.
+
+    Parameters
+    ----------
+    uri : str
+        The object, or what flytekit 1 left.
+    settings : Settings
+        How it is reached.
+    callback : fsspec callback, optional
+        Told of the object's bytes as they are read.
 
     Raises
     ------
@@ -203,26 +278,37 @@ def get(uri: str, options: storage.StorageOptions | None) -> Payload | Tree | No
             if not (path / OBJECT_NAME).is_file():
                 return _local_folder(path)
             uri = str(path / OBJECT_NAME)
-        stored = storage.at(uri, options).get()
+        stored = storage.at(uri, settings).get()
         if stored is None:
-            return None if path is not None else _remote_folder(uri, options)
-        return _meaning(uri, stored)
+            return None if path is not None else _remote_folder(uri, settings)
+        chunks = stored.chunks
+        if callback is not None:
+            callback.set_size(stored.size)
+            chunks = _told(chunks, callback)
+        return _meaning(uri, stored, chunks, settings)
 
 
-def _meaning(uri: str, stored: storage.Stored) -> Payload | Tree | None:
-    kind, chunks = archive.recognise(stored.chunks)
+def _meaning(uri: str, stored: storage.Stored, content: Iterator[Chunk], settings: Settings) -> Payload | Tree | None:
+    kind, chunks = archive.recognise(content)
     if kind is Kind.EMPTY:
         return None
     if kind in (Kind.OTHER, Kind.ZEROS):
         return Payload(stored.size, _exactly(uri, chunks, stored.size), stored.version)
-    entries = _named(uri, archive.read(chunks))
+    entries = _named(uri, archive.read(chunks, memory=settings.share))
     first = next(entries, None)
     if first is not None and first.is_payload:
         return Payload(first.info.size, _single(uri, first, entries), stored.version)
     return Tree(entries if first is None else _first_then(first, entries), stored.version)
 
 
-def _exactly(uri: str, chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+def get_unit(uri: str, unit: Unit, written: storage.Written, settings: Settings) -> Iterator[Entry]:
+    """Read the entries of one unit of an object, as it was written."""
+    target = storage.at(_written_uri(uri), settings)
+    members = target.get_range(Range(unit.start, unit.length), written)
+    return _named(uri, archive.read(itertools.chain(members, [archive.end_of_archive()]), memory=settings.share))
+
+
+def _exactly(uri: str, chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
     """Pass a payload on; raw bytes carry no checksum, but their number is known."""
     seen = 0
     for chunk in chunks:
@@ -233,7 +319,7 @@ def _exactly(uri: str, chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
         raise StorageError(message)
 
 
-def _single(uri: str, entry: Entry, rest: Iterator[Entry]) -> Iterator[bytes]:
+def _single(uri: str, entry: Entry, rest: Iterator[Entry]) -> Iterator[Chunk]:
     """The content of a wrapped payload, verified to the archive's end."""
     with naming(uri):
         yield from entry.chunks()
@@ -266,9 +352,9 @@ def _local_folder(path: Path) -> Payload | Tree | None:
     return Tree(scan_folder(path), None)
 
 
-def _remote_folder(uri: str, options: storage.StorageOptions | None) -> Payload | Tree | None:
+def _remote_folder(uri: str, settings: Settings) -> Payload | Tree | None:
     """Objects below a prefix, as flytekit 1 leaves them; one list request where there are none."""
-    files = storage.at(uri, options).files()
+    files = storage.at(uri, settings).files()
     found = next(files, None)
     if found is None:
         return None
@@ -277,16 +363,19 @@ def _remote_folder(uri: str, options: storage.StorageOptions | None) -> Payload 
         stored = _existing(found[1])
         return Payload(stored.size, stored.chunks, None)
     pair = [found] if following is None else [found, following]
-    return Tree(_remote_entries(pair, files), None)
+    return Tree(_remote_entries(itertools.chain(pair, files), settings), None)
 
 
-def _remote_entries(
-    pair: list[tuple[str, storage.StoredObject]], files: Iterator[tuple[str, storage.StoredObject]]
-) -> Iterator[Entry]:
-    for found in (pair, files):
-        for name, item in found:
-            stored = _existing(item)
-            yield stream_entry(safe_name(name), stored.chunks, stored.size)
+def _remote_entries(files: Iterator[tuple[str, storage.StoredObject]], settings: Settings) -> Iterator[Entry]:
+    """Open several objects at a time: opening one brings its first part along."""
+
+    def opened(found: tuple[str, storage.StoredObject]) -> Entry:
+        name, item = found
+        stored = _existing(item)
+        return stream_entry(safe_name(name), stored.chunks, stored.size)
+
+    sized_files = ((storage.PART_SIZE, found) for found in files)
+    yield from in_order(opened, sized_files, threads=storage.CONCURRENCY, memory=settings.share)
 
 
 def _existing(item: storage.StoredObject) -> storage.Stored:

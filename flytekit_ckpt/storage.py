@@ -7,24 +7,35 @@ fsspec's general interface.
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from flytekit_ckpt.errors import CheckpointError, StorageError
+from flytekit_ckpt.pipeline import MEMORY_BUDGET, Chunk, Range, in_order
 
 PART_SIZE = 8 << 20
 """Bytes asked for or sent in one request; an object that fits into one part takes one request."""
 
-BUDGET = 64 << 20
-"""Bytes of one object that may wait in memory for the network."""
+LOCAL_SIZE = 4 << 20
+"""Bytes read from a local file at a time."""
+
+MIN_PART_SIZE = 5 << 20
+"""Bytes that S3 wants in every part but the last."""
+
+COPY_SIZE = 256 << 20
+"""Bytes that S3 is asked to copy in one request."""
+
+MAX_PARTS = 10_000
+"""Parts that S3 takes for one object."""
 
 CONCURRENCY = 8
 """Requests of one object that run at the same time."""
@@ -32,8 +43,26 @@ CONCURRENCY = 8
 StorageOptions = Mapping[str, Any]
 """Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`."""
 
-_Sized = TypeVar("_Sized")
-_Answer = TypeVar("_Answer")
+
+@dataclass(frozen=True)
+class Settings:
+    """How objects are reached and moved.
+
+    Attributes
+    ----------
+    options : mapping
+        Keyword arguments of the fsspec filesystem; they go before the environment.
+    memory : int
+        Bytes that one save or load may hold in memory.
+    """
+
+    options: StorageOptions = field(default_factory=dict)
+    memory: int = MEMORY_BUDGET
+
+    @property
+    def share(self) -> int:
+        """What is being packed, and what is on its way, may take a quarter each: HTTP clients copy what they send."""
+        return self.memory // 4
 
 
 @dataclass(frozen=True)
@@ -45,14 +74,14 @@ class Stored:
     size : int
         Bytes.
     version : str or None
-        Changes whenever the object is written; `None` where the storage has no such thing.
+        Changes whenever the object is written; `None` for an empty object on S3.
     chunks : iterator of bytes
         The content.
     """
 
     size: int
     version: str | None
-    chunks: Iterator[bytes]
+    chunks: Iterator[Chunk]
 
 
 @dataclass(frozen=True)
@@ -70,27 +99,45 @@ class StoredObject(ABC):
     ----------
     uri : str
         Where it is.
-    options : mapping, optional
-        Keyword arguments of the fsspec filesystem; they go before the environment.
+    settings : Settings, optional
+        How it is reached.
     """
 
-    def __init__(self, uri: str, options: StorageOptions | None = None) -> None:
+    def __init__(self, uri: str, settings: Settings | None = None) -> None:
         self.uri = uri
-        self._options = dict(options or {})
+        self._settings = settings or Settings()
+        self._options = dict(self._settings.options)
 
-    def put(self, chunks: Iterable[bytes]) -> Written:
+    def put(
+        self,
+        chunks: Iterable[Chunk | Range],
+        *,
+        size: Callable[[], int] | None = None,
+        previous: Written | None = None,
+    ) -> Written:
         """Write the object, atomically: readers see the previous object or this one, whole.
 
         An exception from `chunks` passes through and leaves the previous object.
+
+        Parameters
+        ----------
+        chunks : iterable of bytes or Range
+            The content; a range is taken from the object that is there now.
+        size : callable, optional
+            Returns about how many bytes there will be. Called only if they are many.
+        previous : Written, optional
+            The object that ranges are taken from, as it was written.
 
         Raises
         ------
         StorageError
             If the storage refuses or fails.
+        CheckpointError
+            If another writer has replaced the object that ranges are taken from.
         """
         source = iter(chunks)
         try:
-            return self._put(source)
+            return self._put(source, size, previous)
         finally:
             close = getattr(source, "close", None)
             if close is not None:
@@ -107,11 +154,32 @@ class StoredObject(ABC):
         """
 
     @abstractmethod
+    def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        """Read some bytes of the object as it was written.
+
+        Raises
+        ------
+        StorageError
+            If the storage refuses or fails.
+        CheckpointError
+            If another writer has replaced it.
+        """
+
+    @abstractmethod
     def files(self) -> Iterator[tuple[str, StoredObject]]:
         """List what lies below this URI as if it were a folder: names relative to it and their objects, sorted."""
 
     @abstractmethod
-    def _put(self, chunks: Iterator[bytes]) -> Written: ...
+    def _put(
+        self, chunks: Iterator[Chunk | Range], size: Callable[[], int] | None, previous: Written | None
+    ) -> Written: ...
+
+    def _in_order(self, fetch: Callable[[Range], bytes], part: Range, size: int) -> Iterator[bytes]:
+        """Fetch some bytes in pieces of a size, several at a time."""
+        end = part.start + part.length
+        pieces = (Range(start, min(size, end - start)) for start in range(part.start, end, size))
+        sized = ((piece.length, piece) for piece in pieces)
+        return in_order(fetch, sized, threads=CONCURRENCY, memory=self._settings.share)
 
     @contextlib.contextmanager
     def _reporting(self, operation: str) -> Iterator[None]:
@@ -133,14 +201,23 @@ class StoredObject(ABC):
             raise (StorageError(message) if number is None else StorageError(number, message)) from error
 
 
-def at(uri: str, options: StorageOptions | None = None) -> StoredObject:
+def at(uri: str, settings: Settings | None = None) -> StoredObject:
     """Name the object at a URI; a plain path or a `file://` URI is a local file."""
     path = local_path(uri)
     if path is not None:
-        return LocalObject(path)
+        return LocalObject(path, settings)
     if uri.startswith(("s3://", "s3a://")):
-        return S3Object(uri.rstrip("/"), options)
-    return FsspecObject(uri.rstrip("/"), options)
+        return S3Object(uri.rstrip("/"), settings)
+    return FsspecObject(uri.rstrip("/"), settings)
+
+
+def overwritten(uri: str) -> CheckpointError:
+    """Make the error for an object that has changed since it was written here."""
+    message = (
+        f"{public(uri)} was changed by another writer: what this checkpoint saved there before is gone. "
+        "Save to a destination of its own, or save everything again with a new checkpoint"
+    )
+    return CheckpointError(message)
 
 
 def local_path(uri: str) -> Path | None:
@@ -164,6 +241,8 @@ def _advice(error: BaseException) -> str:
     code = _s3_code(error)
     if code == "NoSuchBucket":
         return "The bucket does not exist: create it, or correct the URI"
+    if code == "PreconditionFailed":
+        return "It was overwritten meanwhile: try again"
     if isinstance(error, PermissionError):
         return (
             "Check the credentials, and that they may read, write and list there "
@@ -171,12 +250,9 @@ def _advice(error: BaseException) -> str:
         )
     if type(error).__name__ == "NoCredentialsError":
         return "Give credentials in storage_options, the FLYTE_AWS_* variables or the cloud SDK's own"
-    if isinstance(error, OSError) and error.errno is not None and error.errno in _NO_SPACE:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "Make room there, or save less"
     return "Check that it is reachable and that the storage options are right, then try again"
-
-
-_NO_SPACE = {28, 122}  # ENOSPC, EDQUOT
 
 
 def _s3_code(error: BaseException | None) -> str:
@@ -189,28 +265,6 @@ def _s3_code(error: BaseException | None) -> str:
     return ""
 
 
-def _in_order(
-    function: Callable[[_Sized], _Answer], items: Iterable[tuple[int, _Sized]], concurrency: int = CONCURRENCY
-) -> Iterator[_Answer]:
-    """Map in threads, answers in order of the items, while the sizes of those under way stay within `BUDGET`."""
-    waiting: deque[tuple[int, Future[_Answer]]] = deque()
-    held = 0
-    with ThreadPoolExecutor(concurrency, thread_name_prefix="flytekit_ckpt") as pool:
-        try:
-            for size, item in items:
-                while waiting and (held + size > BUDGET or len(waiting) >= concurrency):
-                    done, answer = waiting.popleft()
-                    yield answer.result()
-                    held -= done
-                waiting.append((size, pool.submit(function, item)))
-                held += size
-            while waiting:
-                yield waiting.popleft()[1].result()
-        finally:
-            for _, answer in waiting:
-                answer.cancel()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Local files
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,37 +273,47 @@ def _in_order(
 class LocalObject(StoredObject):
     """A file. It is written beside its place, flushed to the disk and renamed."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
+    def __init__(self, path: Path, settings: Settings | None = None) -> None:
+        super().__init__(str(path), settings)
         # A link at the destination is the user's way to put the file elsewhere.
         self._path = Path(os.path.realpath(path))
 
-    def _put(self, chunks: Iterator[bytes]) -> Written:
+    def _put(
+        self,
+        chunks: Iterator[Chunk | Range],
+        size: Callable[[], int] | None,  # noqa: ARG002 - a file grows as it will
+        previous: Written | None,
+    ) -> Written:
         temporary = self._path.with_name(f".{self._path.name[:200]}.{uuid.uuid4().hex}.tmp")
-        size = 0
-        try:
-            with self._reporting("write"):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                file = open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=0)  # noqa: SIM115
-            with file:
-                for chunk in chunks:
-                    with self._reporting("write"):
-                        view = memoryview(chunk)
-                        while view:
-                            view = view[file.write(view) :]
-                    size += len(chunk)
+        written = 0
+        with contextlib.ExitStack() as files:
+            try:
                 with self._reporting("write"):
-                    os.fsync(file.fileno())
-            with self._reporting("write"):
-                if self._path.is_dir():
-                    self._path.rmdir()
-                os.replace(temporary, self._path)
-                self._flush_name()
-                return Written(size, _file_version(os.stat(self._path)))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                    files.callback(os.close, file)
+                old: int | None = None
+                for chunk in chunks:
+                    if isinstance(chunk, Range) and old is None:
+                        old = self._opened(previous)
+                        files.callback(os.close, old)
+                    with self._reporting("write"):
+                        if isinstance(chunk, Range):
+                            assert old is not None
+                            written += _copy(old, file, chunk)
+                        else:
+                            written += _write(file, chunk)
+                with self._reporting("write"):
+                    os.fsync(file)
+                    if self._path.is_dir():
+                        self._path.rmdir()
+                    os.replace(temporary, self._path)
+                    self._flush_name()
+                    return Written(written, _file_version(os.stat(self._path)))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
 
     def _flush_name(self) -> None:
         folder = os.open(self._path.parent, os.O_RDONLY)
@@ -258,30 +322,69 @@ class LocalObject(StoredObject):
         finally:
             os.close(folder)
 
+    def _opened(self, written: Written | None) -> int:
+        """Open the file, if it is still the one that was written."""
+        with self._reporting("read"):
+            try:
+                file = os.open(self._path, os.O_RDONLY)
+            except FileNotFoundError:
+                raise overwritten(self.uri) from None
+            if written is None or _file_version(os.fstat(file)) != written.version:
+                os.close(file)
+                raise overwritten(self.uri)
+            return file
+
     def get(self) -> Stored | None:
         with self._reporting("read"):
             try:
-                file = self._path.open("rb", buffering=0)
+                file = os.open(self._path, os.O_RDONLY)
             except FileNotFoundError:
                 return None
-            status = os.fstat(file.fileno())
+            status = os.fstat(file)
+        return Stored(status.st_size, _file_version(status), self._chunks(file, Range(0, status.st_size)))
 
-        def chunks() -> Iterator[bytes]:
-            with file:
-                while True:
-                    with self._reporting("read"):
-                        chunk = file.read(1 << 20)
-                    if not chunk:
-                        break
-                    yield chunk
+    def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        return self._chunks(self._opened(written), part)
 
-        return Stored(status.st_size, _file_version(status), chunks())
+    def _chunks(self, file: int, part: Range) -> Iterator[Chunk]:
+        def fetch(piece: Range) -> bytes:
+            with self._reporting("read"):
+                return os.pread(file, piece.length, piece.start)
+
+        try:
+            yield from self._in_order(fetch, part, LOCAL_SIZE)
+        finally:
+            os.close(file)
 
     def files(self) -> Iterator[tuple[str, StoredObject]]:
         with self._reporting("list"):
             paths = sorted(path for path in self._path.rglob("*") if path.is_file())
         for path in paths:
-            yield path.relative_to(self._path).as_posix(), LocalObject(path)
+            yield path.relative_to(self._path).as_posix(), LocalObject(path, self._settings)
+
+
+def _write(file: int, chunk: Chunk) -> int:
+    view = memoryview(chunk)
+    while view:
+        view = view[os.write(file, view) :]
+    return len(chunk)
+
+
+def _copy(source: int, target: int, part: Range) -> int:
+    """Copy bytes from one file to the end of another, by the file system where it can."""
+    done = 0
+    while done < part.length:
+        offset = part.start + done
+        try:
+            count = os.copy_file_range(source, target, part.length - done, offset)
+        except (AttributeError, OSError):
+            # Not on this system, or not between these two files; a disk that fails will fail here too.
+            count = _write(target, os.pread(source, min(LOCAL_SIZE, part.length - done), offset))
+        if not count:
+            message = f"the file ends at {offset}"
+            raise EOFError(message)
+        done += count
+    return done
 
 
 def _file_version(status: os.stat_result) -> str:
@@ -310,8 +413,13 @@ class FsspecObject(StoredObject):
     def _key(self) -> str:
         return str(self._filesystem._strip_protocol(self.uri))
 
-    def _put(self, chunks: Iterator[bytes]) -> Written:
-        size = 0
+    def _put(
+        self,
+        chunks: Iterator[Chunk | Range],
+        size: Callable[[], int] | None,  # noqa: ARG002 - its filesystem divides the object as it will
+        previous: Written | None,
+    ) -> Written:
+        written = 0
         with self._reporting("write"):
             # An instance of its own: a transaction takes every file that is opened through the instance.
             filesystem, key = self._connected(skip_instance_cache=True), self._key
@@ -321,10 +429,10 @@ class FsspecObject(StoredObject):
         try:
             with self._reporting("write"):
                 file = filesystem.open(key, "wb")
-            for chunk in chunks:
+            for chunk in self._all_bytes(chunks, previous):
                 with self._reporting("write"):
                     file.write(chunk)
-                size += len(chunk)
+                written += len(chunk)
             with self._reporting("write"):
                 file.close()
                 filesystem.end_transaction()
@@ -332,7 +440,16 @@ class FsspecObject(StoredObject):
             with contextlib.suppress(Exception):
                 filesystem.transaction.complete(commit=False)
             raise
-        return Written(size, None)
+        with self._reporting("read"):
+            return Written(written, _info_version(filesystem.info(key)))
+
+    def _all_bytes(self, chunks: Iterator[Chunk | Range], previous: Written | None) -> Iterator[Chunk]:
+        """Read the ranges among the chunks."""
+        for chunk in chunks:
+            if isinstance(chunk, Range):
+                yield from self.get_range(chunk, previous or Written(0, None))
+            else:
+                yield chunk
 
     def get(self) -> Stored | None:
         with self._reporting("read"):
@@ -343,12 +460,21 @@ class FsspecObject(StoredObject):
             if info["type"] == "directory":
                 return None
         size = int(info["size"])
+        return Stored(size, _info_version(info), self._chunks(Range(0, size)))
 
-        def fetch(start: int) -> bytes:
+    def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        with self._reporting("read"):
+            if _info_version(self._filesystem.info(self._key)) != written.version:
+                raise overwritten(self.uri)
+        return self._chunks(part)
+
+    def _chunks(self, part: Range) -> Iterator[Chunk]:
+        def fetch(piece: Range) -> bytes:
             with self._reporting("read"):
-                return bytes(self._filesystem.cat_file(self._key, start=start, end=min(start + PART_SIZE, size)))
+                end = piece.start + piece.length
+                return bytes(self._filesystem.cat_file(self._key, start=piece.start, end=end))
 
-        return Stored(size, None, _in_order(fetch, ((PART_SIZE, start) for start in range(0, size, PART_SIZE))))
+        return self._in_order(fetch, part, PART_SIZE)
 
     def files(self) -> Iterator[tuple[str, StoredObject]]:
         with self._reporting("list"):
@@ -358,7 +484,13 @@ class FsspecObject(StoredObject):
             name = str(key).removeprefix(prefix)
             # Consoles make empty objects that end in "/" to show a folder.
             if str(key).startswith(prefix) and name and not name.endswith("/"):
-                yield name, type(self)(f"{self.uri}/{name}", self._options)
+                yield name, type(self)(f"{self.uri}/{name}", self._settings)
+
+
+def _info_version(info: Mapping[str, Any]) -> str:
+    """Tell versions apart by what the filesystem knows of the object; when it was read is no part of that."""
+    telling = "size etag md5 md5hash content_md5 checksum generation mtime modified updated created last_modified"
+    return " ".join(f"{name}={info[name]}" for name in sorted(info) if name.lower() in telling.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,8 +505,9 @@ class S3Object(FsspecObject):
     fsspec's configuration and the AWS SDK's own variables and files.
     """
 
-    def __init__(self, uri: str, options: StorageOptions | None = None) -> None:
-        super().__init__(uri, _with_flyte_variables(dict(options or {})))
+    def __init__(self, uri: str, settings: Settings | None = None) -> None:
+        super().__init__(uri, settings)
+        self._options = _with_flyte_variables(self._options)
 
     @property
     def _filesystem(self) -> Any:
@@ -383,33 +516,52 @@ class S3Object(FsspecObject):
 
         return S3FileSystem(**self._options, use_listings_cache=False)
 
-    def _put(self, chunks: Iterator[bytes]) -> Written:
-        parts = _parts(chunks)
-        first = next(parts)
-        second = next(parts, None)
-        if second is None:
+    def _put(
+        self, chunks: Iterator[Chunk | Range], size: Callable[[], int] | None, previous: Written | None
+    ) -> Written:
+        def fetched(part: Range) -> Iterator[Chunk]:
+            return self.get_range(part, previous or Written(0, None))
+
+        try:
+            return self._put_divided(divide(chunks, size, fetched), previous)
+        except StorageError as error:
+            if previous is not None and _s3_code(error) in _CHANGED:
+                raise overwritten(self.uri) from error
+            raise
+
+    def _put_divided(self, parts: Iterator[bytes | Range], previous: Written | None) -> Written:
+        head = list(itertools.islice(parts, 2))
+        if len(head) == 1 and isinstance(head[0], bytes):
             with self._reporting("write"):
-                answer = self._call("put_object", Body=first)
-                return Written(len(first), _version(answer))
+                answer = self._call("put_object", Body=head[0])
+                return Written(len(head[0]), _version(answer))
         with self._reporting("write"):
             upload = self._call("create_multipart_upload")["UploadId"]
         try:
-            return self._put_parts(upload, _chain_parts(first, second, parts))
+            return self._put_parts(upload, itertools.chain(head, parts), previous)
         except BaseException:
             with contextlib.suppress(Exception):
                 self._call("abort_multipart_upload", UploadId=upload)
             raise
 
-    def _put_parts(self, upload: str, parts: Iterator[bytes]) -> Written:
-        def send(part: tuple[int, bytes]) -> tuple[int, dict[str, Any]]:
+    def _put_parts(self, upload: str, parts: Iterator[bytes | Range], previous: Written | None) -> Written:
+        def send(part: tuple[int, bytes | Range]) -> tuple[int, dict[str, Any]]:
             number, body = part
+            arguments = {"UploadId": upload, "PartNumber": number}
             with self._reporting("write"):
-                answer = self._call("upload_part", UploadId=upload, PartNumber=number, Body=body)
-            return len(body), {"PartNumber": number, "ETag": answer["ETag"]}
+                if isinstance(body, Range):
+                    return body.length, {"PartNumber": number, "ETag": self._copy_part(body, previous, arguments)}
+                answer = self._call("upload_part", Body=body, **arguments)
+                return len(body), {"PartNumber": number, "ETag": answer["ETag"]}
 
-        numbered = ((len(body), (number, body)) for number, body in enumerate(parts, 1))
-        sent = list(_in_order(send, numbered))
+        numbered = (
+            (0 if isinstance(body, Range) else len(body), (number, body)) for number, body in enumerate(parts, 1)
+        )
+        sent = list(in_order(send, numbered, threads=CONCURRENCY, memory=self._settings.share))
         with self._reporting("write"):
+            if previous is not None and _version(self._call("head_object")) != previous.version:
+                # Not every server looks at the condition under which a part is copied.
+                raise overwritten(self.uri)
             answer = self._call(
                 "complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": [part for _, part in sent]}
             )
@@ -417,10 +569,22 @@ class S3Object(FsspecObject):
             version = _version(answer) or _version(self._call("head_object"))
         return Written(sum(size for size, _ in sent), version)
 
+    def _copy_part(self, part: Range, previous: Written | None, arguments: dict[str, Any]) -> str:
+        bucket, _, key = self._key.partition("/")
+        assert previous is not None
+        answer = self._call(
+            "upload_part_copy",
+            CopySource={"Bucket": bucket, "Key": key},
+            CopySourceRange=f"bytes={part.start}-{part.start + part.length - 1}",
+            CopySourceIfMatch=f'"{previous.version}"',
+            **arguments,
+        )
+        return str(answer["CopyPartResult"]["ETag"])
+
     def get(self) -> Stored | None:
         with self._reporting("read"):
             try:
-                head, size, version = self._fetch(0, None)
+                head, size, version = self._fetch(Range(0, PART_SIZE), None)
             except FileNotFoundError as error:
                 if _s3_code(error) == "NoSuchBucket":
                     raise
@@ -431,29 +595,32 @@ class S3Object(FsspecObject):
                     raise
                 head, size, version = b"", 0, None
 
-        def fetch(start: int) -> bytes:
-            with self._reporting("read"):
-                return self._fetch(start, version)[0]
-
-        def chunks() -> Iterator[bytes]:
+        def chunks() -> Iterator[Chunk]:
             yield head
             if len(head) < size:
-                yield from _in_order(fetch, ((PART_SIZE, start) for start in range(len(head), size, PART_SIZE)))
+                yield from self.get_range(Range(len(head), size - len(head)), Written(size, version))
 
         return Stored(size, version, chunks())
+
+    def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        def fetch(piece: Range) -> bytes:
+            with self._reporting("read"):
+                return self._fetch(piece, written.version)[0]
+
+        return self._in_order(fetch, part, PART_SIZE)
 
     def _call(self, method: str, **arguments: Any) -> Any:
         bucket, _, key = self._key.partition("/")
         return self._filesystem.call_s3(method, Bucket=bucket, Key=key, **arguments)
 
-    def _fetch(self, start: int, version: str | None) -> tuple[bytes, int, str | None]:
+    def _fetch(self, part: Range, version: str | None) -> tuple[bytes, int, str | None]:
         """Get a part of the object (of that version, if one is given), the object's size and its version."""
         from fsspec.asyn import sync
         from s3fs.core import _error_wrapper
 
         filesystem = self._filesystem
         bucket, _, key = self._key.partition("/")
-        arguments = {"Range": f"bytes={start}-{start + PART_SIZE - 1}"}
+        arguments = {"Range": f"bytes={part.start}-{part.start + part.length - 1}"}
         if version is not None:
             arguments["IfMatch"] = f'"{version}"'
 
@@ -473,6 +640,10 @@ def _version(answer: Mapping[str, Any]) -> str:
     return str(answer.get("ETag", "")).strip('"')
 
 
+# What S3 answers to a request for a part of an object that is another one by now, or gone.
+_CHANGED = {"PreconditionFailed", "412", "NoSuchKey", "404", "InvalidRange", "416"}
+
+
 def _with_flyte_variables(options: dict[str, Any]) -> dict[str, Any]:
     endpoint = os.environ.get("FLYTE_AWS_ENDPOINT")
     if endpoint and "endpoint_url" not in options and "endpoint_url" not in options.get("client_kwargs", {}):
@@ -483,24 +654,95 @@ def _with_flyte_variables(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _parts(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Cut a stream into parts, at least one.
+def divide(
+    chunks: Iterator[Chunk | Range],
+    size: Callable[[], int] | None,
+    fetched: Callable[[Range], Iterator[Chunk]],
+) -> Iterator[bytes | Range]:
+    """Divide an object into parts for a multipart upload: bytes to send, and ranges for the server to copy.
 
-    S3 takes 10,000 parts: they double every thousand, so that the largest object that S3 takes (5 TiB) fits though its
-    size is not known before.
+    S3 takes `MAX_PARTS` parts of at least `MIN_PART_SIZE`, the last excepted, and objects up to 5 TiB. Where `size`
+    tells how large the object will be, the parts to send are equal; where it does not, they double every thousand.
+
+    Parameters
+    ----------
+    chunks : iterator of bytes or Range
+        The object.
+    size : callable, optional
+        Returns about how many bytes there will be; called once one part is full.
+    fetched : callable
+        Reads a range that is too small for a part of its own.
     """
-    part = bytearray()
+    buffer = _Buffer()
+    equal = None
     number = 0
+    for chunk in _joined(chunks):
+        if not isinstance(chunk, Range):
+            pieces, copied = iter((chunk,)), None
+        elif chunk.length < 2 * PART_SIZE:
+            pieces, copied = fetched(chunk), None
+        else:
+            missing = max(0, MIN_PART_SIZE - buffer.size) if buffer.size else 0
+            pieces = fetched(Range(chunk.start, missing))
+            copied = Range(chunk.start + missing, chunk.length - missing)
+        for piece in pieces:
+            buffer.add(piece)
+            # More than a part, so that the last one is never empty.
+            while buffer.size > (part_size := equal or PART_SIZE << number // 1000):
+                if size is not None and equal is None:
+                    # With some room for a folder that grows while it is being saved.
+                    equal = max(PART_SIZE, size() * 21 // 20 // MAX_PARTS)
+                    continue
+                yield buffer.take(part_size)
+                number += 1
+        if copied is not None:
+            if buffer.size:
+                yield buffer.take(buffer.size)
+            count = -(-copied.length // COPY_SIZE)
+            for index in range(count):
+                start, end = (copied.length * edge // count for edge in (index, index + 1))
+                yield Range(copied.start + start, end - start)
+            number += 1 + count
+    if buffer.size or not number:
+        yield buffer.take(buffer.size)
+
+
+def _joined(chunks: Iterator[Chunk | Range]) -> Iterator[Chunk | Range]:
+    """Make one range of those that follow each other."""
+    last: Range | None = None
     for chunk in chunks:
-        part += chunk
-        while len(part) > (size := PART_SIZE << number // 1000):
-            yield bytes(part[:size])
-            del part[:size]
-            number += 1
-    yield bytes(part)
+        if last is not None and isinstance(chunk, Range) and chunk.start == last.start + last.length:
+            last = Range(last.start, last.length + chunk.length)
+            continue
+        if last is not None:
+            yield last
+        last = chunk if isinstance(chunk, Range) else None
+        if not isinstance(chunk, Range):
+            yield chunk
+    if last is not None:
+        yield last
 
 
-def _chain_parts(first: bytes, second: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield second
-    yield from rest
+class _Buffer:
+    """Chunks that wait to become a part; each byte is copied once."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[memoryview] = deque()
+        self.size = 0
+
+    def add(self, chunk: Chunk) -> None:
+        self._chunks.append(memoryview(chunk))
+        self.size += len(chunk)
+
+    def take(self, size: int) -> bytes:
+        taken: list[memoryview] = []
+        left = size
+        while left:
+            chunk = self._chunks.popleft()
+            if len(chunk) > left:
+                self._chunks.appendleft(chunk[left:])
+                chunk = chunk[:left]
+            taken.append(chunk)
+            left -= len(chunk)
+        self.size -= size
+        return b"".join(taken)

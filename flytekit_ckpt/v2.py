@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PosixPath
 from typing import Any
 
 from flytekit_ckpt import layout, storage
-from flytekit_ckpt.entries import file_chunks, scan_folder
+from flytekit_ckpt.entries import file_chunks, folder_size, scan_folder
+from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback, Chunk
 
 Savable = os.PathLike[str] | str | bytes | bytearray | memoryview
 """What can be saved: the path of a file or folder, or bytes."""
@@ -58,6 +60,9 @@ class Checkpoint(BaseCheckpoint):
         saved. Blank, or a pair of quotes, means that there was none.
     storage_options : mapping, keyword only, optional
         Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
+    memory_budget : int, keyword only, default 256 MiB
+        Bytes that one save or load may hold in memory, however large the checkpoint. An object above 80 GB on S3 needs
+        eight parts of a ten-thousandth of its size within a quarter of it to be moved at full speed.
 
     Examples
     --------
@@ -73,10 +78,11 @@ class Checkpoint(BaseCheckpoint):
         checkpoint_src: str | None = None,
         *,
         storage_options: storage.StorageOptions | None = None,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
-        self._storage_options = storage_options
+        self._settings = storage.Settings(storage_options or {}, memory_budget)
         self._workspace: Path | None = None
         self._loaded: Path | None = None
         self._lock = threading.RLock()
@@ -103,16 +109,21 @@ class Checkpoint(BaseCheckpoint):
         """Tell whether a source was given; whether a checkpoint is there, only loading can tell."""
         return self._checkpoint_src is not None
 
-    async def load(self) -> Path | None:
+    async def load(self, *, callback: Callback | None = None) -> Path | None:
         """Load the previous attempt's checkpoint without blocking the event loop; see `load_sync`."""
-        return await asyncio.to_thread(self.load_sync)
+        return await asyncio.to_thread(self.load_sync, callback=callback)
 
-    async def save(self, data: Savable) -> None:
+    async def save(self, data: Savable, *, callback: Callback | None = None) -> None:
         """Save without blocking the event loop; see `save_sync`."""
-        await asyncio.to_thread(self.save_sync, data)
+        await asyncio.to_thread(self.save_sync, data, callback=callback)
 
-    def load_sync(self) -> Path | None:
+    def load_sync(self, *, callback: Callback | None = None) -> Path | None:
         """Load the previous attempt's checkpoint into `path`, all of it or nothing.
+
+        Parameters
+        ----------
+        callback : fsspec.callbacks.Callback, keyword only, optional
+            Told of the object's bytes as they arrive.
 
         Returns
         -------
@@ -131,7 +142,7 @@ class Checkpoint(BaseCheckpoint):
         with self._lock:
             if self._checkpoint_src is None or self._loaded is not None:
                 return self._loaded
-            found = layout.get(self._checkpoint_src, self._storage_options)
+            found = layout.get(self._checkpoint_src, self._settings, callback)
             if found is None:
                 layout.log_nothing(self._checkpoint_src)
                 return None
@@ -140,13 +151,15 @@ class Checkpoint(BaseCheckpoint):
             self._loaded = PayloadPath(self.path / layout.PAYLOAD_NAME) if is_payload else self.path
             return self._loaded
 
-    def save_sync(self, data: Savable) -> None:
+    def save_sync(self, data: Savable, *, callback: Callback | None = None) -> None:
         """Save this attempt's checkpoint in place of what it saved before.
 
         Parameters
         ----------
         data : path-like, str, bytes, bytearray or memoryview
             A folder, stored as a gzip-compressed tar of its entries; or a file or bytes, stored as they are.
+        callback : fsspec.callbacks.Callback, keyword only, optional
+            Told of the bytes of the files as they are stored.
 
         Raises
         ------
@@ -159,19 +172,22 @@ class Checkpoint(BaseCheckpoint):
         CheckpointError
             If a file shrinks or vanishes while it is being saved; what was stored before stays.
         """
-        dest, options = self._checkpoint_dest, self._storage_options
+        dest, settings = self._checkpoint_dest, self._settings
+        chunks: Iterable[Chunk]
         if not isinstance(data, (str, os.PathLike)):
             content = layout.as_bytes(data)
-            layout.put_payload(dest, [content], options, size=len(content), keep_archives=True)
-            return
-        path = Path(data)
-        if path.is_dir():
-            layout.put_tree(dest, scan_folder(path), options)
-        elif path.is_file():
-            size = path.stat().st_size
-            layout.put_payload(dest, file_chunks(path, size), options, size=size, keep_archives=True)
+            chunks, length = [content], len(content)
         else:
-            raise layout.not_savable(path)
+            path = Path(data)
+            if path.is_dir():
+                size = functools.partial(folder_size, path)
+                layout.put_tree(dest, scan_folder(path), settings, size=size, callback=callback)
+                return
+            if not path.is_file():
+                raise layout.not_savable(path)
+            length = path.stat().st_size
+            chunks = file_chunks(path, length)
+        layout.put_payload(dest, chunks, settings, size=length, keep_archives=True, callback=callback)
 
 
 class PayloadPath(PosixPath):

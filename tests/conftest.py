@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flytekit_ckpt.storage import Settings
 from tests import s3_server
 
 
@@ -26,6 +27,10 @@ class Place:
     def uri(self) -> str:
         """Give an object's URI that nothing else uses."""
         return f"{self.root}/{uuid.uuid4().hex}"
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.options)
 
     @property
     def is_local(self) -> bool:

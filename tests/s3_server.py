@@ -39,7 +39,7 @@ osd pool default pg autoscale mode = off
 paxos propose interval = 0.05
 osd crush chooseleaf type = 0
 osd objectstore = memstore
-memstore device bytes = 4G
+memstore device bytes = {capacity}
 mon data = {folder}/mon
 osd data = {folder}/osd
 rgw data = {folder}/rgw
@@ -93,13 +93,15 @@ def checks_credentials() -> bool:
 
 
 @contextlib.contextmanager
-def serve(folder: Path) -> Iterator[S3Server]:
+def serve(folder: Path, *, capacity: str = "4G") -> Iterator[S3Server]:
     """Run an S3 server on a free port of 127.0.0.1.
 
     Parameters
     ----------
     folder
         Where the server keeps its configuration, data and logs; made if it is missing.
+    capacity
+        What Ceph's gateway may hold, in memory as it is filled; a full one hangs.
 
     Yields
     ------
@@ -115,7 +117,7 @@ def serve(folder: Path) -> Iterator[S3Server]:
     -----
     Linux ties Ceph's daemons to the thread that started them: call this from one that outlives the server.
     """
-    with _ceph(folder.resolve()) if _ceph_is_installed() else _moto() as server:
+    with _ceph(folder.resolve(), capacity) if _ceph_is_installed() else _moto() as server:
         yield server
 
 
@@ -137,7 +139,7 @@ def _moto() -> Iterator[S3Server]:
 
 
 @contextlib.contextmanager
-def _ceph(folder: Path) -> Iterator[S3Server]:
+def _ceph(folder: Path, capacity: str) -> Iterator[S3Server]:
     for name in ("mon", "osd", "rgw", "run", "log"):
         (folder / name).mkdir(parents=True)
     fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
@@ -149,7 +151,9 @@ def _ceph(folder: Path) -> Iterator[S3Server]:
         contextlib.closing(_Processes(folder / "log", configuration)) as ceph,
     ):
         configuration.write_text(
-            _CONFIGURATION.format(folder=folder, fsid=fsid, monitor_port=monitor_port, gateway_port=gateway_port)
+            _CONFIGURATION.format(
+                folder=folder, fsid=fsid, monitor_port=monitor_port, gateway_port=gateway_port, capacity=capacity
+            )
         )
         ceph.run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{monitor_port}]", monitor_map)
         ceph.run("ceph-mon", "--id=a", "--mkfs", "--monmap", monitor_map)

@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 import tarfile
 import tempfile
 import tracemalloc
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from flytekit_ckpt import archive
 from flytekit_ckpt.archive import Kind
-from flytekit_ckpt.entries import scan_folder, unpack
+from flytekit_ckpt.entries import scan_folder, stream_entry, unpack
 from flytekit_ckpt.errors import CorruptCheckpointError
 from tests.trees import Tree, look, make, trees
 
@@ -33,7 +34,7 @@ FORMATS = {"gz": tarfile.PAX_FORMAT, "bz2": tarfile.GNU_FORMAT, "xz": tarfile.PA
 
 
 def ours(folder: Path) -> bytes:
-    return b"".join(archive.pack(scan_folder(folder)))
+    return b"".join(chunk for chunk in archive.pack(scan_folder(folder)) if isinstance(chunk, bytes))
 
 
 def theirs(folder: Path, compression: str = "gz", format_: int = tarfile.PAX_FORMAT) -> bytes:
@@ -85,21 +86,156 @@ def test_what_is_packed_other_programs_unpack(tree: Tree) -> None:
         assert look(pythons) == look(systems) == look(source)
 
 
-def test_every_member_states_its_length_inflates_alone_and_is_small(tmp_path: Path) -> None:
-    source = make(tmp_path / "source", {"a": random.Random(2).randbytes(9_000_000), "b": bytes(5_000_000)})
-    content = ours(source)
-    stream, start, members = b"", 0, 0
+def members(content: bytes) -> Iterator[bytes]:
+    """Follow the lengths that the members state."""
+    start = 0
     while start < len(content):
         assert content[start : start + 4] == b"\x1f\x8b\x08\x04"
         length = struct.unpack_from("<I", content, start + 16)[0]
-        member = gzip.decompress(content[start : start + length])
-        assert len(member) <= archive.MEMBER_SIZE + tarfile.RECORDSIZE
-        stream += member
+        yield content[start : start + length]
         start += length
-        members += 1
     assert start == len(content)
-    assert members == 4
-    assert stream == gzip.decompress(content)
+
+
+def test_every_member_states_its_length_inflates_alone_and_is_small(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", {"a": random.Random(2).randbytes(9_000_000), "b": bytes(5_000_000)})
+    content = ours(source)
+    plain_members = [gzip.decompress(member) for member in members(content)]
+    assert all(len(member) <= archive.MEMBER_SIZE + tarfile.RECORDSIZE for member in plain_members)
+    assert len(plain_members) == 5 + 3 + 1
+    assert b"".join(plain_members) == gzip.decompress(content)
+
+
+def test_a_large_entry_starts_a_member_and_small_ones_share_one(tmp_path: Path) -> None:
+    large = random.Random(2).randbytes(archive.LARGE_ENTRY)
+    source = make(tmp_path / "source", {"a": b"1", "b": b"2", "c": large, "d": b"3", "e": large, "f": b"4"})
+    units: list[archive.Unit] = []
+    content = b"".join(c for c in archive.pack(scan_folder(source), record=units.append) if isinstance(c, bytes))
+    inside = []
+    for member in members(content):
+        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(member) + bytes(1024))) as tar:
+            inside.append([entry.name for entry in tar])
+    assert inside == [["a", "b"], ["c"], ["d"], ["e"], ["f"], []]
+    assert [[*unit.first, *unit.last] for unit in units] == [[names[0], names[-1]] for names in inside[:-1]]
+
+
+@pytest.mark.parametrize("engine", ["isal", "zlib"])
+def test_what_does_not_shrink_is_stored(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine == "zlib":
+        monkeypatch.setattr(archive, "deflate", zlib)
+    noise = random.Random(2).randbytes(3_000_000)
+    # Exponents that hardly vary, as in a model's weights: a tenth of the bytes could be saved, and no more.
+    weights = bytearray(noise)
+    weights[3::4] = bytes(0x3C + byte % 16 for byte in weights[3::4])
+    make(tmp_path / "source", {"noise": noise, "weights": bytes(weights[:2_000_000]), "x": b"x" * 3_000_000})
+    content = ours(tmp_path / "source")
+    sizes = {"noise": 0, "weights": 0, "x": 0}
+    assert len(content) < 5_200_000
+    assert noise[:60_000] in content
+    for entry in archive.read([content]):
+        sizes[entry.name] = sum(map(len, entry.chunks()))
+    assert sizes == {"noise": 3_000_000, "weights": 2_000_000, "x": 3_000_000}
+
+
+def test_equal_folders_give_equal_archives_whatever_the_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = random.Random(2).randbytes(3_000_000)
+    source = make(tmp_path / "source", {"a": noise, "b": bytes(5_000_000), "c": b"1"})
+    contents = set()
+    for threads in (1, 2, 8):
+        monkeypatch.setattr(archive, "processors", lambda threads=threads: threads)
+        contents.add(ours(source))
+    assert len(contents) == 1
+
+
+ENGINES = """
+import sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(sys.argv[1].split()))
+from flytekit_ckpt import archive, entries
+assert archive.deflate.__name__ == ("zlib" if "isal" in sys.argv[1].split() else "isal.isal_zlib")
+source, made, other, target = map(Path, sys.argv[2:])
+made.write_bytes(b"".join(archive.pack(entries.scan_folder(source))))
+if other.exists():
+    entries.unpack(archive.read([other.read_bytes()]), target)
+"""
+
+
+def test_without_isal_the_format_is_the_same(tmp_path: Path) -> None:
+    noise = random.Random(2).randbytes(3_000_000)
+    source = make(tmp_path / "source", {"a": noise, "b": noise[:1000] * 3000, "c": b"1", "d": None, "d/e": b""})
+    for hidden, made, other in (("-", "isal", "-"), ("isal", "zlib", "isal"), ("-", "again", "zlib")):
+        target = tmp_path / f"from-{other}"
+        target.mkdir()
+        paths = [str(path) for path in (source, tmp_path / made, tmp_path / other, target)]
+        subprocess.run([sys.executable, "-c", ENGINES, hidden, *paths], check=True)
+        if other != "-":
+            assert look(target) == look(source)
+    # What Python's gzip makes is read without isal, too.
+    (tmp_path / "python").write_bytes(theirs(source))
+    target = tmp_path / "from-python"
+    target.mkdir()
+    paths = [str(path) for path in (source, tmp_path / "made", tmp_path / "python", target)]
+    subprocess.run([sys.executable, "-c", ENGINES, "isal", *paths], check=True)
+    assert look(target) == look(source)
+
+
+def test_members_of_others_may_follow_ours(folder: Path) -> None:
+    content = ours(folder)
+    last = list(members(content))[-1]
+    end = gzip.compress(bytes(tarfile.RECORDSIZE))
+    mixed = content[: -len(last)] + end
+    assert entries(mixed) == entries(content)
+    assert entries(mixed + bytes(700)) == entries(content + bytes(700)) == entries(content)
+    for damaged in (content + b"x", content + b"\x1f", content + end[:-1], mixed + b"x"):
+        with pytest.raises(CorruptCheckpointError):
+            entries(damaged)
+
+
+def test_a_member_that_inflates_to_more_than_it_says_is_not_inflated_further() -> None:
+    body = zlib.compressobj(9, zlib.DEFLATED, -15)
+    deflated = body.compress(bytes(300_000_000)) + body.flush()
+    length = 20 + len(deflated) + 8
+    header = struct.pack("<4sIBBH2sHI", b"\x1f\x8b\x08\x04", 0, 0, 255, 8, b"FC", 4, length)
+    for stated in (1000, 2**32 - 1):
+        member = header + deflated + struct.pack("<II", 0, stated)
+        tracemalloc.start()
+        with pytest.raises(CorruptCheckpointError):
+            entries(member)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 20_000_000
+
+
+def test_a_slow_reader_or_writer_holds_up_the_other(tmp_path: Path) -> None:
+    memory = 32 << 20
+    source = make(tmp_path / "source", {"big": random.Random(1).randbytes(60_000_000)})
+    read_to = 0
+
+    def watched() -> Iterator[bytes]:
+        nonlocal read_to
+        with (source / "big").open("rb") as file:
+            while chunk := file.read(1 << 20):
+                read_to += len(chunk)
+                yield chunk
+
+    entry = stream_entry("big", watched(), 60_000_000)
+    chunks = archive.pack([entry], memory=memory)
+    next(chunks)
+    assert read_to <= memory
+    content = ours(source)
+    given_out = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal given_out
+        for start in range(0, len(content), 1 << 20):
+            given_out += 1 << 20
+            yield content[start : start + (1 << 20)]
+
+    opened = next(archive.read(pieces(), memory=memory))
+    next(iter(opened.chunks()))
+    assert given_out <= memory
 
 
 @pytest.mark.parametrize("compression", FORMATS)
