@@ -51,7 +51,12 @@ CASES = {
         note="medians of 200 repetitions in one process, with flytekit's API; a new checkpoint instance for each read.",
     ),
     "default": Case("281 MB folder", data.make_default),
-    "small": Case("10,000 small files", data.make_small),
+    "small": Case(
+        "10,000 small files",
+        data.make_small,
+        most_rounds=1,
+        note="there is one round: object by object, flytekit and s3fs take minutes on S3.",
+    ),
     "random": Case("281 MB, incompressible", data.make_random),
     "zeros": Case("281 MB of zeros", data.make_zeros),
     "change": Case(

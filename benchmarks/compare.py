@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import click
 import measure
 from cases import CASES, IMPORTS, LOCAL, Case
 from chart import draw
-from peers import OURS
+from peers import OURS, PEERS
 from report import IMPORT, LOAD_THEIRS, Results, machine, tables, target_table, targets
 
 HERE = Path(__file__).parent
@@ -37,9 +36,10 @@ IMPORT_REPETITIONS = 15
 @click.command(help=__doc__)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--cases", default=",".join([*CASES, IMPORT]), show_default=True, help="Names, separated by commas.")
+@click.option("--peers", default=",".join(PEERS), show_default=True, help="Who takes part.")
 @click.option("--scale", default=1.0, show_default=True, help="Fraction of the data, to try things out.")
 @click.option("--output", type=click.Path(path_type=Path), default=HERE / "results", help="Folder for the results.")
-def main(rounds: int, cases: str, scale: float, output: Path) -> None:
+def main(rounds: int, cases: str, peers: str, scale: float, output: Path) -> None:
     names = cases.split(",")
     unknown = set(names) - {*CASES, IMPORT}
     if unknown:
@@ -60,7 +60,7 @@ def main(rounds: int, cases: str, scale: float, output: Path) -> None:
                 if name == IMPORT:
                     compare_imports(results)
                 else:
-                    compare(results, name, CASES[name], places, rounds, scale, folder)
+                    compare(results, name, CASES[name], places, rounds, scale, folder, peers.split(","))
         about = {**machine(folder, server), "rounds": rounds, "scale": scale, "minutes": minutes(started)}
     found = targets(results)
     output.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,14 @@ def serve(folder: Path) -> Iterator[tuple[measure.Place, str]]:
 
 
 def compare(
-    results: Results, name: str, case: Case, places: list[measure.Place], rounds: int, scale: float, folder: Path
+    results: Results,
+    name: str,
+    case: Case,
+    places: list[measure.Place],
+    rounds: int,
+    scale: float,
+    folder: Path,
+    wanted: list[str],
 ) -> None:
     """Run all rounds of a case."""
     source = folder / "source"
@@ -97,7 +104,7 @@ def compare(
         case.make(source, scale)
     for number in range(min(rounds, case.most_rounds)):
         for place in places:
-            peers = case.peers.get(place.name, ())
+            peers = [peer for peer in case.peers.get(place.name, ()) if peer in wanted]
             # Who comes first differs from round to round.
             for turn in range(len(peers)):
                 peer = peers[(turn + number) % len(peers)]
@@ -105,7 +112,8 @@ def compare(
                     results.add((name, place.name, action), at, number, **answer)
                     show(name, place.name, action, at, answer["seconds"])
                 place.clear()
-    shutil.rmtree(source, ignore_errors=True)
+    if source.exists():
+        measure.discard(source)
 
 
 def take_turn(

@@ -66,7 +66,7 @@ _MEMBER_LIMIT = 16 << 20
 # RFC 1951: the length of a stored block is a 16-bit number.
 _STORED_BLOCK = struct.Struct("<BHH")
 _STORED_BLOCK_SIZE = 0xFFFF
-_SAMPLE_SIZE = 16 << 10
+_SAMPLE_SIZE = 4 << 10
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _Planner:
         yield from self._finish()
 
     def _add(self, entry: Entry) -> Iterator[_Plan]:
-        header = entry.info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        header = _tar_header(entry.info)
         is_large = entry.info.size >= LARGE_ENTRY
         if is_large or self._plan.size + len(header) + entry.info.size > MEMBER_SIZE:
             yield from self._finish()
@@ -241,6 +241,44 @@ class _Planner:
         if self._plan.size:
             yield self._plan
             self._plan = _Plan(continued)
+
+
+# Name, mode, owner, group, size, time, checksum, type, link target, magic and version, names of owner and group,
+# device, prefix of the name, padding.
+_TAR_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
+
+
+def _tar_header(info: tarfile.TarInfo) -> bytes:
+    """Encode an entry's header, PAX records first: what tarfile does, ten times as fast for what is common."""
+    name = info.name + "/" if info.isdir() else info.name
+    if not (
+        name.isascii()
+        and len(name) <= 100
+        and (info.isreg() or info.isdir())
+        and info.size < 1 << 33
+        and 0 <= info.mtime < 1 << 33
+        and not (info.uid or info.gid or info.uname or info.gname)
+    ):
+        return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    header = _tar_block(name, info.mode & 0o7777, info.size, int(info.mtime), info.type)
+    records = b"".join(_pax_record(key, value) for key, value in info.pax_headers.items())
+    if not records:
+        return header
+    padding = bytes(-len(records) % tarfile.BLOCKSIZE)
+    return _tar_block("././@PaxHeader", 0, len(records), 0, tarfile.XHDTYPE) + records + padding + header
+
+
+def _tar_block(name: str, mode: int, size: int, mtime: int, kind: bytes) -> bytes:
+    fields = [name.encode(), b"%07o" % mode, b"0000000", b"0000000", b"%011o" % size, b"%011o" % mtime, b" " * 8, kind]
+    block = _TAR_HEADER.pack(*fields, b"", b"ustar\x0000", b"", b"", b"", b"", b"", b"")
+    return b"%s%06o\0%s" % (block[:148], sum(block), block[155:])
+
+
+def _pax_record(key: str, value: str) -> bytes:
+    """Encode a record, which begins with its own length in decimal."""
+    record = f" {key}={value}\n".encode("utf-8", "surrogateescape")
+    length = len(record) + len(str(len(record)))
+    return str(len(record) + len(str(length))).encode() + record
 
 
 def _content_to_pack(entry: Entry, *, is_large: bool) -> Iterator[memoryview | _Slice]:
@@ -301,7 +339,9 @@ def _shrunk(data: memoryview) -> list[bytes] | None:
 
 
 def _deflate(data: bytes | memoryview) -> list[bytes]:
-    engine = deflate.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+    if igzip_lib is not None:
+        return [deflate.compress(data, COMPRESSION_LEVEL, -zlib.MAX_WBITS)]
+    engine = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
     return [engine.compress(data), engine.flush()]
 
 

@@ -17,7 +17,10 @@ from decimal import Decimal
 from pathlib import Path
 
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk
+from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, in_order
+
+FLUSH_SIZE = 8 << 20
+"""Bytes after which a file that is being written is sent on to the disk."""
 
 PART_KEY = "flytekit_ckpt.part"
 """PAX keyword naming the part (one saved file or folder) that an entry came from; absent for part 0."""
@@ -338,18 +341,46 @@ def unpack(entries: Iterable[Entry], folder: Path) -> Unpacked:
 
 def _write(entry: Entry, path: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    size = 0
-    with open(descriptor, "wb", buffering=0) as file:
-        for chunk in entry.chunks():
-            view = memoryview(chunk)
-            while view:
-                view = view[file.write(view) :]
-            size += len(chunk)
+    try:
+        # In a thread, so that a large file is written while what follows is inflated.
+        pieces = ((len(chunk), chunk) for chunk in entry.chunks())
+        size = sum(in_order(FileWriter(descriptor), pieces, threads=1, memory=16 * CHUNK_SIZE))
         if size != entry.info.size:
             message = f"{entry.name!r} has {size} bytes instead of the {entry.info.size} announced"
             raise CorruptCheckpointError(message)
         os.fchmod(descriptor, entry.info.mode & 0o777)
         os.utime(descriptor, ns=(_mtime_ns(entry.info),) * 2)
+    finally:
+        os.close(descriptor)
+
+
+class FileWriter:
+    """Writes chunks to a new file, one after the other, and has the system send them on to the disk.
+
+    So they neither pile up in memory, which a container may have little of, nor are all waited for at the end.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._written = 0
+        self._flushed = 0
+
+    def __call__(self, chunk: Chunk) -> int:
+        """Write a whole chunk; returns its size in bytes."""
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        return self.written(len(chunk))
+
+    def written(self, size: int) -> int:
+        """Take note of bytes that have been appended to the file; returns their number."""
+        self._written += size
+        length = self._written - self._flushed
+        if length >= FLUSH_SIZE and hasattr(os, "posix_fadvise"):
+            # Linux begins to write what is not on the disk yet, and drops from its cache only what is.
+            os.posix_fadvise(self._descriptor, self._flushed, length, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written
+        return size
 
 
 def _mtime_ns(info: tarfile.TarInfo) -> int:

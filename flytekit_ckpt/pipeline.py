@@ -75,8 +75,8 @@ def in_order(
     with ThreadPoolExecutor(threads, thread_name_prefix="flytekit_ckpt") as pool:
         try:
             for size, item in itertools.chain(head, source):
-                # Twice as many as there are threads, so that none waits for the one who takes the answers.
-                while waiting and (held + size > memory or len(waiting) >= 2 * threads):
+                # More than there are threads, so that none waits for the one who takes the answers.
+                while waiting and (held + size > memory or len(waiting) >= 4 * threads):
                     done, answer = waiting.popleft()
                     yield answer.result()
                     held -= done

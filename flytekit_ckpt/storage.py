@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from flytekit_ckpt.entries import FileWriter
 from flytekit_ckpt.errors import CheckpointError, StorageError
-from flytekit_ckpt.pipeline import MEMORY_BUDGET, Chunk, Range, in_order
+from flytekit_ckpt.pipeline import CHUNK_SIZE, MEMORY_BUDGET, Chunk, Range, in_order
 
 PART_SIZE = 8 << 20
 """Bytes asked for or sent in one request; an object that fits into one part takes one request."""
 
-LOCAL_SIZE = 4 << 20
-"""Bytes read from a local file at a time."""
+LOCAL_SIZE = 256 << 10
+"""Bytes read from a local file at a time: few, so that the same memory is used again and again."""
 
 MIN_PART_SIZE = 5 << 20
 """Bytes that S3 wants in every part but the last."""
@@ -174,12 +175,15 @@ class StoredObject(ABC):
         self, chunks: Iterator[Chunk | Range], size: Callable[[], int] | None, previous: Written | None
     ) -> Written: ...
 
-    def _in_order(self, fetch: Callable[[Range], bytes], part: Range, size: int) -> Iterator[bytes]:
+    def _in_order(
+        self, fetch: Callable[[Range], list[bytes]], part: Range, size: int, threads: int = CONCURRENCY
+    ) -> Iterator[bytes]:
         """Fetch some bytes in pieces of a size, several at a time."""
         end = part.start + part.length
         pieces = (Range(start, min(size, end - start)) for start in range(part.start, end, size))
         sized = ((piece.length, piece) for piece in pieces)
-        return in_order(fetch, sized, threads=CONCURRENCY, memory=self._settings.share)
+        for chunks in in_order(fetch, sized, threads=threads, memory=self._settings.share):
+            yield from chunks
 
     @contextlib.contextmanager
     def _reporting(self, operation: str) -> Iterator[None]:
@@ -285,24 +289,30 @@ class LocalObject(StoredObject):
         previous: Written | None,
     ) -> Written:
         temporary = self._path.with_name(f".{self._path.name[:200]}.{uuid.uuid4().hex}.tmp")
-        written = 0
         with contextlib.ExitStack() as files:
             try:
                 with self._reporting("write"):
                     self._path.parent.mkdir(parents=True, exist_ok=True)
                     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                     files.callback(os.close, file)
-                old: int | None = None
-                for chunk in chunks:
-                    if isinstance(chunk, Range) and old is None:
-                        old = self._opened(previous)
-                        files.callback(os.close, old)
+                writer = FileWriter(file)
+                old: list[int] = []
+
+                def write(chunk: Chunk | Range) -> int:
                     with self._reporting("write"):
                         if isinstance(chunk, Range):
-                            assert old is not None
-                            written += _copy(old, file, chunk)
-                        else:
-                            written += _write(file, chunk)
+                            return writer.written(_copy(old[0], file, chunk))
+                        return writer(chunk)
+
+                def sized() -> Iterator[tuple[int, Chunk | Range]]:
+                    for chunk in chunks:
+                        if isinstance(chunk, Range) and not old:
+                            old.append(self._opened(previous))
+                            files.callback(os.close, old[0])
+                        yield 0 if isinstance(chunk, Range) else len(chunk), chunk
+
+                # In a thread, so that what follows is packed meanwhile.
+                written = sum(in_order(write, sized(), threads=1, memory=self._settings.share))
                 with self._reporting("write"):
                     os.fsync(file)
                     if self._path.is_dir():
@@ -347,12 +357,12 @@ class LocalObject(StoredObject):
         return self._chunks(self._opened(written), part)
 
     def _chunks(self, file: int, part: Range) -> Iterator[Chunk]:
-        def fetch(piece: Range) -> bytes:
+        def fetch(piece: Range) -> list[bytes]:
             with self._reporting("read"):
-                return os.pread(file, piece.length, piece.start)
+                return [os.pread(file, piece.length, piece.start)]
 
         try:
-            yield from self._in_order(fetch, part, LOCAL_SIZE)
+            yield from self._in_order(fetch, part, LOCAL_SIZE, threads=1)
         finally:
             os.close(file)
 
@@ -363,23 +373,16 @@ class LocalObject(StoredObject):
             yield path.relative_to(self._path).as_posix(), LocalObject(path, self._settings)
 
 
-def _write(file: int, chunk: Chunk) -> int:
-    view = memoryview(chunk)
-    while view:
-        view = view[os.write(file, view) :]
-    return len(chunk)
-
-
 def _copy(source: int, target: int, part: Range) -> int:
     """Copy bytes from one file to the end of another, by the file system where it can."""
     done = 0
     while done < part.length:
         offset = part.start + done
         try:
-            count = os.copy_file_range(source, target, part.length - done, offset)
+            count = os.copy_file_range(source, target, min(COPY_SIZE, part.length - done), offset)
         except (AttributeError, OSError):
             # Not on this system, or not between these two files; a disk that fails will fail here too.
-            count = _write(target, os.pread(source, min(LOCAL_SIZE, part.length - done), offset))
+            count = os.write(target, os.pread(source, min(LOCAL_SIZE, part.length - done), offset))
         if not count:
             message = f"the file ends at {offset}"
             raise EOFError(message)
@@ -469,10 +472,10 @@ class FsspecObject(StoredObject):
         return self._chunks(part)
 
     def _chunks(self, part: Range) -> Iterator[Chunk]:
-        def fetch(piece: Range) -> bytes:
+        def fetch(piece: Range) -> list[bytes]:
             with self._reporting("read"):
                 end = piece.start + piece.length
-                return bytes(self._filesystem.cat_file(self._key, start=piece.start, end=end))
+                return [bytes(self._filesystem.cat_file(self._key, start=piece.start, end=end))]
 
         return self._in_order(fetch, part, PART_SIZE)
 
@@ -593,17 +596,17 @@ class S3Object(FsspecObject):
                 # An empty object has no first byte.
                 if _s3_code(error) not in ("InvalidRange", "416"):
                     raise
-                head, size, version = b"", 0, None
+                head, size, version = [], 0, None
 
         def chunks() -> Iterator[Chunk]:
-            yield head
-            if len(head) < size:
-                yield from self.get_range(Range(len(head), size - len(head)), Written(size, version))
+            yield from head
+            if size > PART_SIZE:
+                yield from self.get_range(Range(PART_SIZE, size - PART_SIZE), Written(size, version))
 
         return Stored(size, version, chunks())
 
     def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
-        def fetch(piece: Range) -> bytes:
+        def fetch(piece: Range) -> list[bytes]:
             with self._reporting("read"):
                 return self._fetch(piece, written.version)[0]
 
@@ -613,7 +616,7 @@ class S3Object(FsspecObject):
         bucket, _, key = self._key.partition("/")
         return self._filesystem.call_s3(method, Bucket=bucket, Key=key, **arguments)
 
-    def _fetch(self, part: Range, version: str | None) -> tuple[bytes, int, str | None]:
+    def _fetch(self, part: Range, version: str | None) -> tuple[list[bytes], int, str | None]:
         """Get a part of the object (of that version, if one is given), the object's size and its version."""
         from fsspec.asyn import sync
         from s3fs.core import _error_wrapper
@@ -624,14 +627,19 @@ class S3Object(FsspecObject):
         if version is not None:
             arguments["IfMatch"] = f'"{version}"'
 
-        async def call() -> tuple[bytes, int, str | None]:
+        async def call() -> tuple[list[bytes], int, str | None]:
             answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **arguments)
+            # As they come: nobody needs them in one piece.
+            chunks: list[bytes] = []
             async with answer["Body"] as body:
-                data = await body.read()
-            return data, int(answer["ContentRange"].rpartition("/")[2]), _version(answer)
+                while chunk := await body.read(CHUNK_SIZE):
+                    chunks.append(chunk)
+            return chunks, int(answer["ContentRange"].rpartition("/")[2]), _version(answer)
 
         # Retries what broke while the body was read, as s3fs does for its own reads.
-        answer: tuple[bytes, int, str | None] = sync(filesystem.loop, _error_wrapper, call, retries=filesystem.retries)
+        answer: tuple[list[bytes], int, str | None] = sync(
+            filesystem.loop, _error_wrapper, call, retries=filesystem.retries
+        )
         return answer
 
 
