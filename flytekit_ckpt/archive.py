@@ -20,6 +20,7 @@ import lzma
 import struct
 import tarfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Protocol, cast
@@ -505,18 +506,21 @@ class _Bytes:
 
     def __init__(self, chunks: Iterator[Chunk]) -> None:
         self._chunks = chunks
-        self._left = memoryview(b"")
+        self._left: deque[memoryview] = deque()
         self.position = 0
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """Yield the next `size` bytes, fewer at the end of the stream."""
         while size:
-            while not self._left:
+            if not self._left:
                 chunk = next(self._chunks, None)
                 if chunk is None:
                     return
-                self._left = memoryview(chunk)
-            piece, self._left = self._left[:size], self._left[size:]
+                self._left.append(memoryview(chunk))
+            piece = self._left.popleft()
+            if len(piece) > size:
+                self._left.appendleft(piece[size:])
+                piece = piece[:size]
             size -= len(piece)
             self.position += len(piece)
             yield piece
@@ -525,14 +529,14 @@ class _Bytes:
         """Return the next `size` bytes, fewer at the end of the stream, without taking them."""
         taken = b"".join(self.pieces(size))
         self.position -= len(taken)
-        if taken:
-            self._left, rest = memoryview(taken), self._left
-            if rest:
-                self._chunks = itertools.chain((rest,), self._chunks)
+        self._left.appendleft(memoryview(taken))
         return taken
 
     def rest(self) -> Iterator[Chunk]:
-        yield from itertools.chain((self._left,), self._chunks)
+        """Yield what has not been taken."""
+        while self._left:
+            yield self._left.popleft()
+        yield from self._chunks
 
     # What tarfile asks of a file.
 
@@ -554,7 +558,7 @@ def _inflate(chunks: Iterator[Chunk], memory: int) -> Iterator[Chunk]:
         yield from source.rest()
     elif start:
         stream = _inflate_stream(source.rest(), compression)
-        yield from ahead(stream, count=max(1, min(8, memory // (2 * CHUNK_SIZE))))
+        yield from ahead(stream, count=max(1, min(4, memory // (2 * _INFLATED_SIZE))))
 
 
 def _members(source: _Bytes) -> Iterator[tuple[int, list[memoryview]]]:
@@ -610,7 +614,7 @@ def _inflate_stream(chunks: Iterator[Chunk], compression: Callable[[], _Decompre
                     break
                 engine = compression()
             try:
-                out = engine.decompress(data, CHUNK_SIZE)
+                out = engine.decompress(data, _INFLATED_SIZE)
             except _DECOMPRESSION_ERRORS as error:
                 message = f"its compressed data is damaged ({error})"
                 raise CorruptCheckpointError(message) from error
@@ -622,13 +626,14 @@ def _inflate_stream(chunks: Iterator[Chunk], compression: Callable[[], _Decompre
         raise CorruptCheckpointError(message)
 
 
+# What a decompressor of a stream takes and gives at a time. zlib copies what it has not used yet at every step.
+_DEFLATED_SIZE = 1 << 20
+_INFLATED_SIZE = 2 << 20
+
+
 def _small(chunk: Chunk) -> Iterator[bytes]:
-    """Cut a chunk up: zlib copies what it has not used yet at every step."""
-    for start in range(0, len(chunk), _SMALL):
-        yield bytes(chunk[start : start + _SMALL])
-
-
-_SMALL = 128 << 10
+    for start in range(0, len(chunk), _DEFLATED_SIZE):
+        yield bytes(chunk[start : start + _DEFLATED_SIZE])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,7 +133,9 @@ class SyncCheckpoint(Checkpoint):
             if folder is None:
                 folder = layout.workspace(self, "flytekit_ckpt-") / self.SRC_LOCAL_FOLDER
                 folder.mkdir()
-            self._restored_names = layout.restore(self._checkpoint_src, found, self.TMP_DST_PATH, folder)
+            self._restored_names = layout.restore(
+                self._checkpoint_src, found, self.TMP_DST_PATH, folder, self._settings
+            )
             self._restored = folder
             return folder
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 
 from flytekit_ckpt import __version__, runner
+from flytekit_ckpt.checkpointer import SyncCheckpoint
+from flytekit_ckpt.errors import CheckpointError
 
 
 @click.group()
@@ -49,3 +55,61 @@ def run(target: str, inputs: tuple[str, ...], retries: int, root: str | None, pr
     except runner.TaskFailedError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"result: {result!r}")
+
+
+@main.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("uri")
+def save(source: Path, uri: str) -> None:
+    """Save a file or a folder as the checkpoint at URI, in place of what is there."""
+    with _errors_shown(), _progress_bar(f"saving {source}") as bar:
+        SyncCheckpoint(uri).save(source, callback=bar)
+    click.echo(f"saved {source} to {uri}")
+
+
+@main.command()
+@click.argument("uri")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def restore(uri: str, folder: Path) -> None:
+    """Restore the checkpoint at URI, whoever saved it, into FOLDER."""
+    with _errors_shown(), _progress_bar(f"restoring {uri}") as bar:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = SyncCheckpoint("unused", uri).restore(folder, callback=bar)
+    if found is None:
+        message = f"there is no checkpoint at {uri}"
+        raise click.ClickException(message)
+    click.echo(f"restored {uri} into {folder}")
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def _progress_bar(label: str) -> Iterator[_ProgressBar | None]:
+    """Give a callback that draws a bar, where there is a terminal to draw it on."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        yield _ProgressBar(label, stack)
+
+
+class _ProgressBar:
+    """An fsspec callback; the bar appears when it is known how much there is to do, and goes with the stack."""
+
+    def __init__(self, label: str, stack: contextlib.ExitStack) -> None:
+        self._label = label
+        self._stack = stack
+        self._bar: Any = None
+
+    def set_size(self, size: int) -> None:
+        self._bar = self._stack.enter_context(click.progressbar(length=size, label=self._label, file=sys.stderr))
+
+    def relative_update(self, inc: int = 1) -> None:
+        if self._bar is not None:
+            self._bar.update(inc)

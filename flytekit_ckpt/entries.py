@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, in_order
+from flytekit_ckpt.pipeline import CHUNK_SIZE, MEMORY_BUDGET, Chunk, in_order
 
 FLUSH_SIZE = 8 << 20
 """Bytes after which a file that is being written is sent on to the disk."""
@@ -271,11 +271,20 @@ def safe_name(name: str) -> str:
     return "/".join(parts)
 
 
-def unpack(entries: Iterable[Entry], folder: Path) -> Unpacked:
+def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGET // 16) -> Unpacked:
     """Write entries into an empty folder of the caller's own.
 
     Nothing is written outside it: links are made last, so that nothing is written through one, and those that lead out
     are left out with a warning. Modes lose their setuid, setgid and sticky bits.
+
+    Parameters
+    ----------
+    entries : iterable of Entry
+        What to write.
+    folder : pathlib.Path
+        Where to.
+    memory : int
+        Bytes that may wait to be written.
 
     Raises
     ------
@@ -319,7 +328,7 @@ def unpack(entries: Iterable[Entry], folder: Path) -> Unpacked:
             elif info.islnk():
                 os.link(os.path.join(root, info.linkname), path, follow_symlinks=False)
             else:
-                _write(entry, path)
+                _write(entry, path, memory)
         except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError) as error:
             message = f"its entry {name!r} contradicts an earlier one ({error})"
             raise CorruptCheckpointError(message) from error
@@ -339,12 +348,12 @@ def unpack(entries: Iterable[Entry], folder: Path) -> Unpacked:
     return Unpacked(names, folders)
 
 
-def _write(entry: Entry, path: str) -> None:
+def _write(entry: Entry, path: str, memory: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         # In a thread, so that a large file is written while what follows is inflated.
         pieces = ((len(chunk), chunk) for chunk in entry.chunks())
-        size = sum(in_order(FileWriter(descriptor), pieces, threads=1, memory=16 * CHUNK_SIZE))
+        size = sum(in_order(FileWriter(descriptor), pieces, threads=1, memory=memory))
         if size != entry.info.size:
             message = f"{entry.name!r} has {size} bytes instead of the {entry.info.size} announced"
             raise CorruptCheckpointError(message)

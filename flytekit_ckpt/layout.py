@@ -19,7 +19,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flytekit_ckpt import archive, storage
@@ -276,11 +276,11 @@ def get(uri: str, settings: Settings, callback: Callback | None = None) -> Paylo
         path = storage.local_path(uri)
         if path is not None and path.is_dir():
             if not (path / OBJECT_NAME).is_file():
-                return _local_folder(path)
+                return _told_of_files(_local_folder(path), callback)
             uri = str(path / OBJECT_NAME)
         stored = storage.at(uri, settings).get()
         if stored is None:
-            return None if path is not None else _remote_folder(uri, settings)
+            return None if path is not None else _told_of_files(_remote_folder(uri, settings), callback)
         chunks = stored.chunks
         if callback is not None:
             callback.set_size(stored.size)
@@ -378,6 +378,19 @@ def _remote_entries(files: Iterator[tuple[str, storage.StoredObject]], settings:
     yield from in_order(opened, sized_files, threads=storage.CONCURRENCY, memory=settings.share)
 
 
+def _told_of_files(found: Payload | Tree | None, callback: Callback | None) -> Payload | Tree | None:
+    """Have a callback told of what is read of loose files; how much that will be, nobody knows before."""
+    if found is None or callback is None:
+        return found
+    if isinstance(found, Payload):
+        return replace(found, chunks=_told(found.chunks, callback))
+    told = (
+        replace(entry, chunks=functools.partial(lambda chunks: _told(chunks(), callback), entry.chunks))
+        for entry in found.entries
+    )
+    return replace(found, entries=told)
+
+
 def _existing(item: storage.StoredObject) -> storage.Stored:
     stored = item.get()
     if stored is None:
@@ -407,7 +420,15 @@ def naming(uri: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def restore(uri: str, found: Payload | Tree, payload_name: str, folder: Path, *, emptied: bool = False) -> list[str]:
+def restore(
+    uri: str,
+    found: Payload | Tree,
+    payload_name: str,
+    folder: Path,
+    settings: Settings,
+    *,
+    emptied: bool = False,
+) -> list[str]:
     """Write a checkpoint into a folder, all of it or nothing; files of the same names are replaced.
 
     Parameters
@@ -420,6 +441,8 @@ def restore(uri: str, found: Payload | Tree, payload_name: str, folder: Path, *,
         File name for a payload.
     folder : pathlib.Path
         An existing folder.
+    settings : Settings
+        How much memory there is.
     emptied : bool, default False
         Whether what lay in the folder before is removed.
 
@@ -438,7 +461,7 @@ def restore(uri: str, found: Payload | Tree, payload_name: str, folder: Path, *,
         # Inside the folder, so that moving from it is renaming.
         staging = Path(tempfile.mkdtemp(prefix=".flytekit_ckpt-", dir=folder))
         try:
-            unpacked = unpack(seen.counting(entries), staging)
+            unpacked = unpack(seen.counting(entries), staging, memory=settings.share // 4)
             if emptied:
                 _empty(folder, but=staging)
             for place in _conflicts(staging, folder):

@@ -66,7 +66,7 @@ def in_order(
         Bytes that the items under way may take, unless one item alone takes more.
     """
     source = iter(items)
-    head = list(itertools.islice(source, 2))
+    head = deque(itertools.islice(source, 2))
     if len(head) < 2:
         yield from (function(item) for _, item in head)
         return
@@ -74,7 +74,7 @@ def in_order(
     held = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="flytekit_ckpt") as pool:
         try:
-            for size, item in itertools.chain(head, source):
+            for size, item in _rest(head, source):
                 # More than there are threads, so that none waits for the one who takes the answers.
                 while waiting and (held + size > memory or len(waiting) >= 4 * threads):
                     done, answer = waiting.popleft()
@@ -82,11 +82,19 @@ def in_order(
                     held -= done
                 waiting.append((size, pool.submit(function, item)))
                 held += size
+                # Nothing is kept longer than it is needed.
+                del item
             while waiting:
                 yield waiting.popleft()[1].result()
         finally:
             for _, answer in waiting:
                 answer.cancel()
+
+
+def _rest(head: deque[_Item], source: Iterator[_Item]) -> Iterator[_Item]:
+    while head:
+        yield head.popleft()
+    yield from source
 
 
 def ahead(source: Iterator[_Answer], *, count: int) -> Iterator[_Answer]:

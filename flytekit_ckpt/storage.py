@@ -32,6 +32,9 @@ LOCAL_SIZE = 256 << 10
 MIN_PART_SIZE = 5 << 20
 """Bytes that S3 wants in every part but the last."""
 
+MAX_PART_SIZE = 5 << 30
+"""Bytes that S3 takes in one part."""
+
 COPY_SIZE = 256 << 20
 """Bytes that S3 is asked to copy in one request."""
 
@@ -696,7 +699,7 @@ def divide(
         for piece in pieces:
             buffer.add(piece)
             # More than a part, so that the last one is never empty.
-            while buffer.size > (part_size := equal or PART_SIZE << number // 1000):
+            while buffer.size > (part_size := _part_size(number, equal)):
                 if size is not None and equal is None:
                     # With some room for a folder that grows while it is being saved.
                     equal = max(PART_SIZE, size() * 21 // 20 // MAX_PARTS)
@@ -713,6 +716,13 @@ def divide(
             number += 1 + count
     if buffer.size or not number:
         yield buffer.take(buffer.size)
+
+
+def _part_size(number: int, equal: int | None) -> int:
+    if equal is None:
+        return PART_SIZE << number // 1000
+    # Equal, unless there is so much more than was told that the parts would run out.
+    return min(equal << max(0, number - MAX_PARTS * 96 // 100) // 40, MAX_PART_SIZE)
 
 
 def _joined(chunks: Iterator[Chunk | Range]) -> Iterator[Chunk | Range]:

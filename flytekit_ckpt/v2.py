@@ -146,7 +146,7 @@ class Checkpoint(BaseCheckpoint):
             if found is None:
                 layout.log_nothing(self._checkpoint_src)
                 return None
-            layout.restore(self._checkpoint_src, found, layout.PAYLOAD_NAME, self.path, emptied=True)
+            layout.restore(self._checkpoint_src, found, layout.PAYLOAD_NAME, self.path, self._settings, emptied=True)
             is_payload = isinstance(found, layout.Payload)
             self._loaded = PayloadPath(self.path / layout.PAYLOAD_NAME) if is_payload else self.path
             return self._loaded

@@ -182,6 +182,17 @@ def test_without_isal_the_format_is_the_same(tmp_path: Path) -> None:
     assert look(target) == look(source)
 
 
+def test_an_archive_of_very_many_members_is_read_in_little_memory() -> None:
+    """A member more must not leave anything behind: an archive may have a million of them."""
+    content = archive._member(memoryview(bytes(100))) * 10_000
+    tracemalloc.start()
+    read = sum(map(len, archive._inflate(iter([content]), 8 << 20)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read == 1_000_000
+    assert peak < 1_000_000
+
+
 def test_members_of_others_may_follow_ours(folder: Path) -> None:
     content = ours(folder)
     last = list(members(content))[-1]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import array
+import filecmp
 import io
 import os
+import random
 import shutil
 import tarfile
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.callbacks import Callback
 
 from flytekit_ckpt import Checkpoint as AbstractCheckpoint
 from flytekit_ckpt import (
@@ -20,6 +24,7 @@ from flytekit_ckpt import (
     StorageError,
     SyncCheckpoint,
     UnsafeCheckpointError,
+    storage,
 )
 from tests import s3_server
 from tests.conftest import Place
@@ -368,3 +373,75 @@ def test_saves_from_many_threads_all_end_up_in_the_object(place: Place, tmp_path
         thread.join()
     assert len(set(folders)) == 1
     assert {name: entry[1] for name, entry in restored(uri).items()} == {f"file-{n}": str(n).encode() for n in range(8)}
+
+
+# Progress -------------------------------------------------------------------------------------------------------------
+
+
+class Seen(Callback):  # type: ignore[misc]
+    """An fsspec callback that remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        self.steps.append(inc)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "reader"])
+def test_a_callback_is_told_of_every_byte(kind: str, place: Place, tmp_path: Path) -> None:
+    noise = random.Random(1).randbytes(9_000_000)
+    source = make(tmp_path / "source", {"a": noise, "b": b"x" * 9_000_000, "c": b"1", "link": "a"})
+    uri = place.uri()
+    saved = Seen()
+    cp = SyncCheckpoint(uri, storage_options=place.options)
+    if kind == "reader":
+        with (source / "a").open("rb") as reader:
+            cp.save(reader, callback=saved)
+    else:
+        cp.save(source if kind == "folder" else source / "a", callback=saved)
+    assert saved.value == saved.size == (18_000_001 if kind == "folder" else 9_000_000)
+    assert len(saved.steps) > 2
+    restored = Seen()
+    target = tmp_path / "target"
+    target.mkdir()
+    SyncCheckpoint("unused", uri, storage_options=place.options).restore(target, callback=restored)
+    stored = storage.at(uri, place.settings).get()
+    assert stored is not None
+    assert restored.value == restored.size == stored.size
+    assert len(restored.steps) > 2
+
+
+def test_a_callback_is_told_of_what_flytekit_left(place: Place, tmp_path: Path) -> None:
+    uri = place.uri()
+    for name in ("a", "b/c"):
+        storage.at(f"{uri}/{name}", place.settings).put([b"1" * 1000])
+    seen = Seen()
+    target = tmp_path / "target"
+    target.mkdir()
+    SyncCheckpoint("unused", uri, storage_options=place.options).restore(target, callback=seen)
+    assert seen.value == 2000
+
+
+def test_memory_stays_within_the_budget(place: Place, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with (source / "big").open("wb") as file:
+        for seed in range(20):
+            file.write(random.Random(seed).randbytes(10_000_000))
+    uri = place.uri()
+    for budget in (16 << 20, 64 << 20):
+        target = tmp_path / f"target-{budget}"
+        target.mkdir()
+        cp = SyncCheckpoint(uri, uri, storage_options=place.options, memory_budget=budget)
+        tracemalloc.start()
+        cp.save(source)
+        cp.restore(target)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # A few parts fit in any case; the HTTP client's copies of them are counted too.
+        assert peak < max(budget, 8 * storage.PART_SIZE)
+        assert filecmp.cmp(source / "big", target / "big", shallow=False)
+        shutil.rmtree(target)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import random
 import re
 import subprocess
 import sys
@@ -14,6 +16,9 @@ import pytest
 
 import flytekit_ckpt
 from flytekit_ckpt import SyncCheckpoint
+from flytekit_ckpt.archive import pack
+from tests.conftest import Place
+from tests.trees import look, make
 
 COMMAND = Path(sys.executable).with_name("flytekit-ckpt")
 
@@ -195,3 +200,41 @@ def test_an_attempt_ends_with_a_runner_that_is_told_to_stop(task: Task, tmp_path
         assert runner.wait(60) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+# Saving and restoring by hand -----------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_restored(place: Place, tmp_path: Path) -> None:
+    source, uri = make(tmp_path / "source", {"a": b"1", "b": None, "b/c": b"2"}), place.uri()
+    saved = command("save", source, uri)
+    assert (saved.returncode, saved.stdout, saved.stderr) == (0, f"saved {source} to {uri}\n", "")
+    target = tmp_path / "new" / "target"
+    restored = command("restore", uri, target)
+    assert (restored.returncode, restored.stdout, restored.stderr) == (0, f"restored {uri} into {target}\n", "")
+    assert look(target) == look(source)
+    assert SyncCheckpoint("unused", uri).restore() is not None
+
+
+def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:
+    missing = command("restore", tmp_path / "nothing", tmp_path / "target")
+    assert (missing.returncode, missing.stderr) == (1, f"Error: there is no checkpoint at {tmp_path}/nothing\n")
+    content = b"".join(chunk for chunk in pack([]) if isinstance(chunk, bytes))
+    (tmp_path / "damaged").write_bytes(content[:-1])
+    damaged = command("restore", tmp_path / "damaged", tmp_path / "target")
+    assert damaged.returncode == 1
+    assert "truncated" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
+    assert command("save", tmp_path / "nothing", tmp_path / "x").returncode == 2
+
+
+def test_a_terminal_shows_a_progress_bar(tmp_path: Path) -> None:
+    make(tmp_path / "source", {"a": random.Random(1).randbytes(5_000_000)})
+    for arguments in (("save", "source", "object"), ("restore", "object", "target")):
+        ours, theirs = pty.openpty()
+        ran = subprocess.run([COMMAND, *arguments], stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, check=True)
+        os.close(theirs)
+        shown = os.read(ours, 100_000).decode()
+        os.close(ours)
+        assert "100%" in shown
+        assert ran.stdout.decode().startswith(arguments[0])

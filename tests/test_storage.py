@@ -161,6 +161,38 @@ def test_an_object_that_is_overwritten_while_it_is_read_is_an_error_and_no_mixtu
         content(found)
 
 
+def test_a_large_object_is_asked_for_in_ranges_a_few_ahead_of_the_reader(
+    s3: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = S3Object(s3.uri(), Settings(s3.options, memory=16 * PART_SIZE))
+    long = NOISE * 4
+    item.put([long])
+    asked: list[Range] = []
+    original = S3Object._fetch
+
+    def recorded(self: S3Object, part: Range, version: str | None) -> Any:
+        asked.append(part)
+        return original(self, part, version)
+
+    monkeypatch.setattr(S3Object, "_fetch", recorded)
+    found = item.get()
+    assert found is not None
+    assert asked == [Range(0, PART_SIZE)]
+    got = 0
+    while got <= PART_SIZE:
+        got += len(next(found.chunks))
+    time.sleep(0.5)
+    # A quarter of the memory.
+    assert len(asked) <= 1 + 4
+    for chunk in found.chunks:
+        got += len(chunk)
+    assert got == len(long)
+    ranges = sorted(asked, key=lambda part: part.start)
+    assert [part.start for part in ranges] == list(range(0, len(long), PART_SIZE))
+    assert all(part.length == PART_SIZE for part in ranges[:-1])
+    assert ranges[-1].start + ranges[-1].length == len(long)
+
+
 def test_a_slow_store_holds_up_the_source(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     original = S3Object._call
@@ -233,12 +265,12 @@ def sizes_of_parts(chunk: int, count: int, known: int | None) -> list[int]:
 def test_ten_thousand_parts_hold_the_largest_object_that_s3_takes() -> None:
     chunk = 16 << 20
     count = (5 << 40) // chunk
-    for known in (None, 5 << 40, (5 << 40) * 100 // 104):
+    for known in (None, 5 << 40, (5 << 40) * 100 // 104, (5 << 40) * 100 // 120):
         sizes = sizes_of_parts(chunk, count, known)
         assert sum(sizes) == 5 << 40
         assert len(sizes) <= storage.MAX_PARTS
-        assert max(sizes) <= 5 << 30
-        if known is not None:
+        assert max(sizes) <= storage.MAX_PART_SIZE
+        if known is not None and known * 104 // 100 > 5 << 40:
             assert len(set(sizes[:-1])) == 1
 
 
