@@ -57,8 +57,8 @@ class SyncCheckpoint(Checkpoint):
     storage_options : mapping, keyword only, optional
         Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
     memory_budget : int, keyword only, default 256 MiB
-        Bytes that one save or load may hold in memory, however large the checkpoint. An object above 80 GB on S3 needs
-        eight parts of a ten-thousandth of its size within a quarter of it to be moved at full speed.
+        Bytes that one save or load may hold in memory, however large the checkpoint. On S3, three parts are held in any
+        case: of 8 MiB each, or of a ten-thousandth of an object above 80 GB.
 
     Examples
     --------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import os
 import uuid
@@ -299,19 +300,18 @@ class LocalObject(StoredObject):
                     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                     files.callback(os.close, file)
                 writer = FileWriter(file)
-                old: list[int] = []
+                old: list[io.FileIO] = []
 
                 def write(chunk: Chunk | Range) -> int:
                     with self._reporting("write"):
                         if isinstance(chunk, Range):
-                            return writer.written(_copy(old[0], file, chunk))
+                            return writer.written(_copy(old[0].fileno(), file, chunk))
                         return writer(chunk)
 
                 def sized() -> Iterator[tuple[int, Chunk | Range]]:
                     for chunk in chunks:
                         if isinstance(chunk, Range) and not old:
-                            old.append(self._opened(previous))
-                            files.callback(os.close, old[0])
+                            old.append(files.enter_context(self._opened(previous)))
                         yield 0 if isinstance(chunk, Range) else len(chunk), chunk
 
                 # In a thread, so that what follows is packed meanwhile.
@@ -335,39 +335,37 @@ class LocalObject(StoredObject):
         finally:
             os.close(folder)
 
-    def _opened(self, written: Written | None) -> int:
+    def _opened(self, written: Written | None) -> io.FileIO:
         """Open the file, if it is still the one that was written."""
         with self._reporting("read"):
             try:
-                file = os.open(self._path, os.O_RDONLY)
+                file = self._path.open("rb", buffering=0)
             except FileNotFoundError:
                 raise overwritten(self.uri) from None
-            if written is None or _file_version(os.fstat(file)) != written.version:
-                os.close(file)
+            if written is None or _file_version(os.fstat(file.fileno())) != written.version:
+                file.close()
                 raise overwritten(self.uri)
             return file
 
     def get(self) -> Stored | None:
         with self._reporting("read"):
             try:
-                file = os.open(self._path, os.O_RDONLY)
+                file = self._path.open("rb", buffering=0)
             except FileNotFoundError:
                 return None
-            status = os.fstat(file)
+            status = os.fstat(file.fileno())
         return Stored(status.st_size, _file_version(status), self._chunks(file, Range(0, status.st_size)))
 
     def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
         return self._chunks(self._opened(written), part)
 
-    def _chunks(self, file: int, part: Range) -> Iterator[Chunk]:
+    def _chunks(self, file: io.FileIO, part: Range) -> Iterator[Chunk]:
         def fetch(piece: Range) -> list[bytes]:
             with self._reporting("read"):
-                return [os.pread(file, piece.length, piece.start)]
+                return [os.pread(file.fileno(), piece.length, piece.start)]
 
-        try:
+        with file:
             yield from self._in_order(fetch, part, LOCAL_SIZE, threads=1)
-        finally:
-            os.close(file)
 
     def files(self) -> Iterator[tuple[str, StoredObject]]:
         with self._reporting("list"):
