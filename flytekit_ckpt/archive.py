@@ -251,7 +251,7 @@ _TAR_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
 
 def _tar_header(info: tarfile.TarInfo) -> bytes:
     """Encode an entry's header, PAX records first: what tarfile does, ten times as fast for what is common."""
-    name = info.name + "/" if info.isdir() else info.name
+    name = info.name + "/" if info.isdir() and not info.name.endswith("/") else info.name
     if not (
         name.isascii()
         and len(name) <= 100

@@ -28,8 +28,8 @@ modestly = settings(
 )
 
 
-def packed(items: Iterator[Entry | Unit], old: bytes, small: int = 3000) -> tuple[bytes, list[Unit]]:
-    """Pack with tiny members, so that small trees have several units."""
+def packed(items: Iterator[Entry | Unit], old: bytes, small: int = 8000) -> tuple[bytes, list[Unit]]:
+    """Pack with tiny members, of three entries or so, so that small trees have several units."""
     units: list[Unit] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archive, "MEMBER_SIZE", small)
@@ -61,7 +61,8 @@ def test_parts_merge_name_by_name_whether_units_are_carried_or_not(
         for number, (part, tree) in enumerate(zip(numbers, parts, strict=True)):
             folder = make(Path(name) / str(number), tree)
 
-            def open_unit(unit: Unit, old: bytes = content) -> Iterator[Entry]:
+            def open_unit(unit: Unit, old: bytes = content, part: int = part) -> Iterator[Entry]:
+                assert unit.parts != {part}
                 opened.append(unit)
                 members = old[unit.start : unit.start + unit.length]
                 return archive.read([members, archive.end_of_archive()])
@@ -83,6 +84,19 @@ def test_parts_merge_name_by_name_whether_units_are_carried_or_not(
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         assert {entry.name for entry in tar} == wanted.keys()
     assert [unit.start for unit in units] == [0, *(unit.start + unit.length for unit in units)][:-1]
+
+
+def test_a_part_that_shares_a_unit_with_another_is_replaced_alone(tmp_path: Path) -> None:
+    content, units = b"", list[Unit]()
+    # The second part falls between the first one's entries, which then share a unit with it.
+    for part, tree in ((0, {"a": b"1", "c": b"2"}), (1, {"b": b"3"}), (0, {"d": b"4"})):
+        folder = make(tmp_path / f"{part}-{len(tree)}", tree)
+
+        def open_unit(unit: Unit, old: bytes = content) -> Iterator[Entry]:
+            return archive.read([old[unit.start : unit.start + unit.length], archive.end_of_archive()])
+
+        content, units = packed(merge(units, in_part(scan_folder(folder), part), part, open_unit), content)
+    assert found_in(content) == {"b": b"3", "d": b"4"}
 
 
 @pytest.fixture

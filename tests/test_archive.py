@@ -138,6 +138,14 @@ def test_what_does_not_shrink_is_stored(engine: str, tmp_path: Path, monkeypatch
     assert sizes == {"noise": 3_000_000, "weights": 2_000_000, "x": 3_000_000}
 
 
+def test_what_shrinks_in_samples_only_is_stored(tmp_path: Path) -> None:
+    content = bytearray(random.Random(2).randbytes(archive.MEMBER_SIZE))
+    for start in range(0, len(content), len(content) // 4):
+        content[start : start + 8192] = bytes(8192)
+    packed = ours(make(tmp_path / "source", {"a": bytes(content)}))
+    assert bytes(content[10_000:60_000]) in packed
+
+
 def test_equal_folders_give_equal_archives_whatever_the_number_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +407,9 @@ def test_reading_stops_where_the_reader_stops(folder: Path) -> None:
     st.integers(-(1 << 40), 1 << 40),
     st.dictionaries(st.sampled_from(["mtime", "flytekit_ckpt.part", "ü"]), st.text(max_size=110).filter(bool)),
 )
+@example("a/", tarfile.DIRTYPE, 0, 0, 0, {})
+@example("a" * 100, tarfile.REGTYPE, (1 << 33) - 1, 0o7777, (1 << 33) - 1, {"mtime": "1.5"})
+@example("a" * 100, tarfile.DIRTYPE, 1 << 33, 0, -1, {})
 def test_headers_are_those_that_tarfile_makes(
     name: str, kind: bytes, size: int, mode: int, mtime: int, headers: dict[str, str]
 ) -> None:

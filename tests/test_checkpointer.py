@@ -441,7 +441,7 @@ def test_memory_stays_within_the_budget(place: Place, tmp_path: Path) -> None:
         cp.restore(target)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        # A few parts are needed in any case: one fills up, one is made of it, the HTTP client copies what it sends.
-        assert peak < budget + 5 * storage.PART_SIZE
+        # On S3 a few parts are needed in any case: one fills up, one is made of it, the HTTP client copies others.
+        assert peak < budget + (0 if place.is_local else 5 * storage.PART_SIZE)
         assert filecmp.cmp(source / "big", target / "big", shallow=False)
         shutil.rmtree(target)

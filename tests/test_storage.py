@@ -318,6 +318,11 @@ def test_parts_with_ranges_among_them_are_what_s3_takes(chunks: list[bytes | Ran
     assert sum(part.length for part in parts if isinstance(part, Range)) >= large - 5 * len(ranges)
 
 
+def test_ranges_that_follow_each_other_become_one() -> None:
+    chunks: list[bytes | Range] = [Range(0, 5), Range(5, 2), Range(8, 1), b"a", Range(9, 3), Range(12, 1)]
+    assert list(storage._joined(iter(chunks))) == [Range(0, 7), Range(8, 1), b"a", Range(9, 4)]
+
+
 def test_ranges_are_taken_from_the_object_before(root: Place) -> None:
     item = storage.at(root.uri(), root.settings)
     written = item.put([NOISE])
@@ -354,14 +359,17 @@ def test_large_ranges_are_copied_by_the_server(s3: Place, monkeypatch: pytest.Mo
     assert made.count("get_object") == made.count("upload_part_copy") == 1
 
 
+@pytest.mark.parametrize("head", [[b"head"], []])
 @pytest.mark.parametrize("length", [10, 3 * PART_SIZE])
-def test_ranges_of_an_object_that_someone_replaced_are_an_error(root: Place, length: int) -> None:
+def test_ranges_of_an_object_that_someone_replaced_are_an_error(
+    root: Place, length: int, head: list[bytes | Range]
+) -> None:
     item = storage.at(root.uri(), root.settings)
     written = item.put([NOISE])
     theirs = NOISE[::-1]
     storage.at(item.uri, root.settings).put([theirs])
     with pytest.raises(CheckpointError):
-        item.put([b"head", Range(0, length)], previous=written)
+        item.put([*head, Range(0, length)], previous=written)
     assert content(item.get()) == theirs
     with pytest.raises(CheckpointError):
         b"".join(item.get_range(Range(0, 10), written))
