@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,3 +66,29 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "local":
         return Place(str(tmp_path / "checkpoints"))
     return request.getfixturevalue("s3")
+
+
+# What tasks are made of. flytekit's own exception would cost each attempt the import of flytekit.
+IMPORTS = """
+import os, signal, subprocess, sys, threading, time
+from pathlib import Path
+from flytekit_ckpt import current_checkpoint
+from flytekit_ckpt.errors import FlyteRecoverableException
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+Task = Callable[[str], str]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    """Write a task file that defines `work`, and give the target that names it."""
+
+    def written(source: str) -> str:
+        file = tmp_path / "tasks.py"
+        file.write_text(IMPORTS + textwrap.dedent(source))
+        return f"{file}:work"
+
+    return written

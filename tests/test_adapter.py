@@ -18,6 +18,7 @@ from flytekit_ckpt.adapter import merge
 from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.checkpointer import SyncCheckpoint
 from flytekit_ckpt.entries import Entry, in_part, scan_folder
+from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.pipeline import Range
 from flytekit_ckpt.storage import StoredObject
 from tests.conftest import Place
@@ -154,3 +155,23 @@ def test_a_part_is_replaced_by_itself_however_often_it_is_saved(place: Place, tm
         sizes.add(stored.size // 100_000)
     assert sizes == {30}
     assert layout.get(uri, place.settings) is not None
+
+
+def test_parts_are_carried_on_any_storage_that_fsspec_reaches(tmp_path: Path) -> None:
+    uri = f"memory://{tmp_path.name}/object"
+    source = make(tmp_path / "source", {"model": random.Random(1).randbytes(9_000_000), "opt": b"x" * 3_000_000})
+    cp = SyncCheckpoint(uri)
+    for name in ("model", "opt", "opt"):
+        cp.save(source / name)
+        cp.write(b"5")
+    target = tmp_path / "target"
+    target.mkdir()
+    SyncCheckpoint("unused", uri).restore(target)
+    assert {name: held[1] for name, held in look(target).items()} == {
+        "_dst_cp": b"5",
+        **{name: held[1] for name, held in look(source).items()},
+    }
+    SyncCheckpoint(uri).write(b"another writer")
+    with pytest.raises(CheckpointError, match="changed by another writer"):
+        cp.write(b"6")
+    assert SyncCheckpoint("unused", uri).read() == b"another writer"

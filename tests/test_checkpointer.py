@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import filecmp
 import io
 import os
@@ -25,6 +26,7 @@ from flytekit_ckpt import (
     SyncCheckpoint,
     UnsafeCheckpointError,
     storage,
+    v2,
 )
 from tests import s3_server
 from tests.conftest import Place
@@ -412,6 +414,25 @@ def test_a_callback_is_told_of_every_byte(kind: str, place: Place, tmp_path: Pat
     assert stored is not None
     assert restored.value == restored.size == stored.size
     assert len(restored.steps) > 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "bytes"])
+def test_the_new_face_tells_a_callback_too(kind: str, place: Place, tmp_path: Path) -> None:
+    noise = random.Random(1).randbytes(9_000_000)
+    source = make(tmp_path / "source", {"a": noise})
+    uri = place.uri()
+    saved, loaded = Seen(), Seen()
+
+    async def save_and_load() -> None:
+        data = {"folder": source, "file": source / "a", "bytes": noise}[kind]
+        await v2.Checkpoint(uri, storage_options=place.options).save(data, callback=saved)
+        await v2.Checkpoint("unused", uri, storage_options=place.options).load(callback=loaded)
+
+    asyncio.run(save_and_load())
+    assert saved.value == saved.size == len(noise)
+    stored = storage.at(uri, place.settings).get()
+    assert stored is not None
+    assert loaded.value == loaded.size == stored.size
 
 
 def test_a_callback_is_told_of_what_flytekit_left(place: Place, tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ import random
 import re
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,31 +15,10 @@ import pytest
 import flytekit_ckpt
 from flytekit_ckpt import SyncCheckpoint
 from flytekit_ckpt.archive import pack
-from tests.conftest import Place
+from tests.conftest import Place, Task
 from tests.trees import look, make
 
 COMMAND = Path(sys.executable).with_name("flytekit-ckpt")
-
-# flytekit's own exception would cost each attempt the import of flytekit.
-IMPORTS = """
-import os, signal, time
-from flytekit_ckpt import current_checkpoint
-from flytekit_ckpt.errors import FlyteRecoverableException
-"""
-
-Task = Callable[[str], str]
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> Task:
-    """Write a task file that defines `work`, and give the target that names it."""
-
-    def written(source: str) -> str:
-        file = tmp_path / "tasks.py"
-        file.write_text(IMPORTS + textwrap.dedent(source))
-        return f"{file}:work"
-
-    return written
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -8,15 +8,17 @@ import socket
 import stat
 import tarfile
 import tempfile
+import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from flytekit_ckpt import archive
-from flytekit_ckpt.entries import Entry, scan_folder, unpack
+from flytekit_ckpt.entries import Entry, FileWriter, scan_folder, stream_entry, unpack
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from tests.trees import Tree, look, make, trees
 
@@ -137,6 +139,34 @@ def test_a_file_that_changes_its_size_is_saved_as_it_was_or_not_at_all(tmp_path:
     (source / "log").unlink()
     with pytest.raises(CheckpointError, match="was removed while"):
         list(archive.pack(entries))
+
+
+def test_a_slow_disk_holds_up_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    write = FileWriter.__call__
+    taken = 0
+
+    def slow(self: FileWriter, chunk: bytes) -> int:
+        gate.wait(20)
+        return write(self, chunk)
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal taken
+        for _ in range(20):
+            taken += 1
+            yield b"1" * 1000
+
+    monkeypatch.setattr(FileWriter, "__call__", slow)
+    thread = threading.Thread(
+        target=lambda: unpack([stream_entry("a", chunks(), 20_000)], tmp_path, memory=3000), daemon=True
+    )
+    thread.start()
+    time.sleep(0.5)
+    # What waits to be written, and the one that would be too much.
+    assert 0 < taken <= 4
+    gate.set()
+    thread.join()
+    assert (tmp_path / "a").read_bytes() == b"1" * 20_000
 
 
 # Hostile archives -----------------------------------------------------------------------------------------------------

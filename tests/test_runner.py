@@ -8,9 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import pytest
 
 from flytekit_ckpt import SyncCheckpoint, runner
-from tests.conftest import Place
+from tests.conftest import Place, Task
 
 COUNTER = f"{Path(__file__).parents[1] / 'examples' / 'counter.py'}:counter"
 
@@ -38,31 +36,6 @@ def work(n_iterations: int) -> int:
         cp.write(f"{index + 1}".encode())
     return index
 """
-
-# What the other tasks are made of. flytekit's own exception would cost each attempt the import of flytekit.
-IMPORTS = """
-import os, signal, subprocess, sys, threading, time
-from pathlib import Path
-from flytekit_ckpt import current_checkpoint
-from flytekit_ckpt.errors import FlyteRecoverableException
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-Task = Callable[[str], str]
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> Task:
-    """Write a task file that defines `work`, and give the target that names it."""
-
-    def written(source: str) -> str:
-        file = tmp_path / "tasks.py"
-        file.write_text(IMPORTS + textwrap.dedent(source))
-        return f"{file}:work"
-
-    return written
 
 
 @pytest.fixture
