@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from flytekit_ckpt.checkpointer import SyncCheckpoint as SyncCheckpoint
     from flytekit_ckpt.context import current_checkpoint as current_checkpoint
     from flytekit_ckpt.context import current_context as current_context
+    from flytekit_ckpt.context import install as install
+    from flytekit_ckpt.context import uninstall as uninstall
     from flytekit_ckpt.errors import CheckpointError as CheckpointError
     from flytekit_ckpt.errors import CheckpointUnavailableError as CheckpointUnavailableError
     from flytekit_ckpt.errors import CorruptCheckpointError as CorruptCheckpointError
@@ -26,6 +28,8 @@ _HOMES = {
     "current_checkpoint": "context",
     "current_context": "context",
     "FlyteRecoverableException": "context",
+    "install": "context",
+    "uninstall": "context",
     "CheckpointError": "errors",
     "CheckpointUnavailableError": "errors",
     "CorruptCheckpointError": "errors",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from flytekit_ckpt import adapter, layout, storage
+from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback
 
 
@@ -76,7 +77,7 @@ class SyncCheckpoint(Checkpoint):
         checkpoint_dest: str,
         checkpoint_src: str | None = None,
         *,
-        storage_options: storage.StorageOptions | None = None,
+        storage_options: StorageOptions | None = None,
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         self._checkpoint_dest = os.fspath(checkpoint_dest)

@@ -1,19 +1,20 @@
-"""Which checkpoint belongs to the running code: the local runner's, Flyte 2's or Flyte 1's."""
+"""Which checkpoint belongs to the running code, and `install`, after which unchanged programs use this package."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import sys
 import threading
+import types
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, cast
 
-from flytekit_ckpt import errors
+from flytekit_ckpt import errors, v2
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,10 @@ class Context:
         CheckpointUnavailableError
             Outside a task; programs written for flytekit catch it as `NotImplementedError`.
         """
-        found = _runners or _flyte_2() or _flyte_1()
-        if not found:
-            message = (
-                "no checkpoint belongs to this code: it runs neither as a Flyte task nor under `flytekit-ckpt run`. "
-                "Outside of both, make a flytekit_ckpt.SyncCheckpoint(destination, source) of your own"
-            )
-            raise errors.CheckpointUnavailableError(message)
-        return found[-1]
+        found = _of_this_package() or _of_flytekit()
+        if found is None:
+            raise _unavailable()
+        return found
 
 
 def current_context() -> Context:
@@ -49,66 +46,243 @@ def current_checkpoint() -> Checkpoint:
     return current_context().checkpoint
 
 
+def _unavailable() -> errors.CheckpointUnavailableError:
+    message = (
+        "no checkpoint belongs to this code: it runs neither as a Flyte task nor under `flytekit-ckpt run`. "
+        "Outside of both, make a flytekit_ckpt.SyncCheckpoint(destination, source) of your own"
+    )
+    return errors.CheckpointUnavailableError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attempts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Attempt:
+    """One attempt's checkpoint: both faces of it, each made when it is first asked for."""
+
+    def __init__(self, destination: str, source: str | None) -> None:
+        self._places = destination, source
+
+    @functools.cached_property
+    def legacy(self) -> SyncCheckpoint:
+        return SyncCheckpoint(*self._places)
+
+    @functools.cached_property
+    def new(self) -> v2.Checkpoint:
+        return v2.Checkpoint(*self._places)
+
+
+# For whoever asks first, and for taking names over: every thread must see the same.
+_lock = threading.RLock()
+
+# Both Flytes make one checkpoint of their own for every attempt, which tells the attempts of a process apart.
+_attempts: weakref.WeakKeyDictionary[Any, _Attempt] = weakref.WeakKeyDictionary()
+
 # The local runner gives a whole process to an attempt, and the attempt may start threads of its own, which would not
 # see a context variable.
-_runners: list[Checkpoint] = []
-
-_instances: weakref.WeakKeyDictionary[Any, Checkpoint] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_runners: list[_Attempt] = []
 
 
-def set_runner_checkpoint(checkpoint: Checkpoint) -> None:
+def set_runner_checkpoint(destination: str, source: str | None) -> None:
     """Make a checkpoint the current one for the rest of this process; called by the local runner."""
-    _runners.append(checkpoint)
-    if "flytekit" in sys.modules:
-        _show_to_flytekit(checkpoint)
+    _runners.append(_Attempt(destination, source))
 
 
-def _show_to_flytekit(checkpoint: Checkpoint) -> None:
-    """Give flytekit's own current context the checkpoint, as its container entry point does."""
-    from flytekit.core.context_manager import ExecutionState, FlyteContextManager
-
-    context = FlyteContextManager.current_context()
-    builder = context.user_space_params.new_builder(context.user_space_params)
-    builder.checkpoint = checkpoint
-    state = context.new_execution_state().with_params(
-        mode=ExecutionState.Mode.LOCAL_TASK_EXECUTION, user_space_params=builder.build()
-    )
-    FlyteContextManager.push_context(context.with_execution_state(state).build())
+def _attempt(theirs: Any, destination: str, source: str | None) -> _Attempt:
+    if theirs not in _attempts:
+        _attempts[theirs] = _Attempt(destination, source)
+    return _attempts[theirs]
 
 
-def _flyte_2() -> list[Checkpoint]:
-    """The legacy face over the object of `flyte.ctx().checkpoint`."""
-    flyte = sys.modules.get("flyte")
-    task = flyte.ctx() if flyte is not None else None
-    theirs = task.checkpoint if task is not None else None
-    if theirs is None:
-        return []
-    return [_adapted(theirs, theirs.remote_destination, theirs.remote_source)]
+def _of_this_package() -> SyncCheckpoint | None:
+    """The legacy face of the local runner's attempt, or of Flyte 2's."""
+    # Not by an import statement, here and below: it waits for threads that are importing the package, and `_patch` has
+    # those wait for this lock.
+    flyte: Any = sys.modules.get("flyte")
+    with _lock:
+        if _runners:
+            return _runners[-1].legacy
+        attempt = _flyte_attempt(flyte.ctx()) if hasattr(flyte, "ctx") else None
+        return attempt.legacy if attempt is not None else None
 
 
-def _flyte_1() -> list[Checkpoint]:
-    """The legacy face over what flytekit's container entry point was told."""
+def _flyte_attempt(task: Any) -> _Attempt | None:
+    """What belongs to a `flyte.models.TaskContext`."""
+    checkpoint = _original(type(task), "checkpoint")
+    # Releases before 2.1.5 have none.
+    theirs = checkpoint.fget(task) if checkpoint is not None else None
+    return _attempt(theirs, theirs.remote_destination, theirs.remote_source) if theirs is not None else None
+
+
+def _of_flytekit() -> Checkpoint | None:
+    """The checkpoint that flytekit was told of, in its container or its local sandbox."""
     if "flytekit" not in sys.modules:
-        return []
+        return None
     import flytekit
 
     try:
-        theirs = flytekit.current_context().checkpoint
+        return _taken_over(flytekit.current_context().checkpoint)
     except NotImplementedError:
-        return []
-    if isinstance(theirs, Checkpoint):
-        return [theirs]
-    # flytekit has no public name for the two prefixes.
-    return [_adapted(theirs, theirs._checkpoint_dest, theirs._checkpoint_src)]
+        return None
 
 
-def _adapted(theirs: Any, destination: str, source: str | None) -> Checkpoint:
-    """One instance for each of theirs, which both Flytes make one of for every attempt."""
+def _taken_over(theirs: Any) -> Checkpoint:
+    """The legacy face in place of flytekit's own checkpoint; any other, a subclass too, is the user's."""
+    kind = type(theirs)
+    if (kind.__module__, kind.__qualname__) != ("flytekit.core.checkpointer", "SyncCheckpoint"):
+        return cast("Checkpoint", theirs)
     with _lock:
-        if theirs not in _instances:
-            _instances[theirs] = SyncCheckpoint(destination, source)
-        return _instances[theirs]
+        # flytekit has no public name for the two prefixes.
+        return _attempt(theirs, theirs._checkpoint_dest, theirs._checkpoint_src).legacy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# install() and uninstall()
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Have programs that import flytekit or flyte use this package's checkpoints, unchanged.
+
+    Takes the place of flytekit's `Checkpoint` and `SyncCheckpoint` wherever they were imported to, and of
+    `flyte.Checkpoint`, `flyte.BaseCheckpoint` and `flyte.latest_checkpoint`; `flytekit.current_context().checkpoint`
+    gives `SyncCheckpoint`, also on Flyte 2 under flyte-migrate, and `flyte.ctx().checkpoint` gives `v2.Checkpoint`.
+
+    It may be called more than once, from any thread, before or after flytekit, flyte, flyte-migrate or the tasks were
+    imported, and with any of them missing; it imports none of them.
+
+    See Also
+    --------
+    flytekit_ckpt.auto : does this when it is imported.
+    """
+    import wrapt
+
+    for name in _PATCHES:
+        if name in sys.modules:
+            # Waits for a thread that is in the midst of importing it.
+            importlib.import_module(name)
+    with _lock:
+        if _installed:
+            return
+        _installed.append(True)
+        for name in _PATCHES:
+            # Now, or when it is imported.
+            wrapt.register_post_import_hook(_patch, name)
+
+
+def uninstall() -> None:
+    """Undo `install`.
+
+    Names that modules outside flytekit and flyte imported from there meanwhile stay what they are.
+    """
+    with _lock:
+        _installed.clear()
+        theirs = {id(change.ours): change.theirs for change in _changes.values()}
+        for (owner, name), change in _changes.items():
+            # What has been replaced once more is someone else's.
+            if vars(owner).get(name) is change.ours:
+                setattr(owner, name, change.theirs)
+        _changes.clear()
+        for module in _modules():
+            if module.__name__.partition(".")[0] in {"flytekit", "flyte"}:
+                for name, original in _held(module, theirs):
+                    setattr(module, name, original)
+
+
+class _Change(NamedTuple):
+    theirs: Any
+    ours: Any
+
+
+_installed: list[bool] = []
+
+# By the owner, a module or a class, and the name.
+_changes: dict[tuple[Any, str], _Change] = {}
+
+
+def _change(owner: Any, name: str, ours: Any) -> None:
+    theirs = vars(owner)[name]
+    # Hooks of an earlier `install` may come once more.
+    if theirs is not ours and (owner, name) not in _changes:
+        _changes[owner, name] = _Change(theirs, ours)
+        setattr(owner, name, ours)
+
+
+def _original(kind: type, name: str) -> Any:
+    """What a class's attribute was before it was changed."""
+    for owner in kind.__mro__:
+        if (owner, name) in _changes:
+            return _changes[owner, name].theirs
+    return getattr(kind, name, None)
+
+
+def _patch(module: types.ModuleType) -> None:
+    with _lock:
+        if _installed:
+            _PATCHES[module.__name__](module)
+
+
+def _patch_flytekit_names(checkpointer: types.ModuleType) -> None:
+    # Whoever imports them later gets ours from here, flytekit's container entry point for one.
+    _take_over({checkpointer.Checkpoint: Checkpoint, checkpointer.SyncCheckpoint: SyncCheckpoint})
+
+
+def _patch_flytekit_context(context_manager: types.ModuleType) -> None:
+    _change(context_manager.ExecutionParameters, "checkpoint", property(_flytekit_checkpoint))
+
+
+def _patch_flyte_names(flyte: types.ModuleType) -> None:
+    names = ("BaseCheckpoint", "Checkpoint", "latest_checkpoint")
+    # Flyte's own module keeps its names: flyte.models makes its checkpoints with them, and so tells attempts apart.
+    _take_over({getattr(flyte, name): getattr(v2, name) for name in names if hasattr(flyte, name)}, "flyte._checkpoint")
+
+
+def _patch_flyte_context(models: types.ModuleType) -> None:
+    if hasattr(models.TaskContext, "checkpoint"):
+        _change(models.TaskContext, "checkpoint", property(_flyte_checkpoint))
+
+
+_PATCHES: dict[str, Callable[[types.ModuleType], None]] = {
+    "flytekit.core.checkpointer": _patch_flytekit_names,
+    "flytekit.core.context_manager": _patch_flytekit_context,
+    "flyte": _patch_flyte_names,
+    "flyte.models": _patch_flyte_context,
+}
+
+
+def _flytekit_checkpoint(parameters: Any) -> Checkpoint:
+    """The attempt's checkpoint, in place of `flytekit.ExecutionParameters.checkpoint`."""
+    found = _of_this_package() if parameters._checkpoint is None else _taken_over(parameters._checkpoint)
+    if found is None:
+        raise _unavailable()
+    return found
+
+
+def _flyte_checkpoint(task: Any) -> v2.Checkpoint | None:
+    """The attempt's checkpoint or `None` outside a task, in place of `flyte.models.TaskContext.checkpoint`."""
+    with _lock:
+        attempt = _flyte_attempt(task) or (_runners[-1] if _runners else None)
+        return attempt.new if attempt is not None else None
+
+
+def _take_over(ours: dict[Any, Any], but: str = "") -> None:
+    """Replace objects in every module that holds them, by whatever name."""
+    replacements = {id(theirs): replacement for theirs, replacement in ours.items()}
+    for module in _modules():
+        if module.__name__ != but:
+            for name, replacement in _held(module, replacements):
+                _change(module, name, replacement)
+
+
+def _modules() -> list[types.ModuleType]:
+    return [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+
+
+def _held(module: types.ModuleType, replacements: dict[int, Any]) -> list[tuple[str, Any]]:
+    """Give the names that stand for objects with these identities, and what replaces them."""
+    return [(name, replacements[id(value)]) for name, value in list(vars(module).items()) if id(value) in replacements]
 
 
 def __getattr__(name: str) -> object:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from flytekit_ckpt import context, errors, layout, storage
-from flytekit_ckpt.checkpointer import SyncCheckpoint
 
 
 class TaskFailedError(Exception):
@@ -264,7 +263,8 @@ def _attempt(
     try:
         function = _loaded(target)
         arguments = _arguments(function, inputs)
-        context.set_runner_checkpoint(SyncCheckpoint(destination, source))
+        context.install()
+        context.set_runner_checkpoint(destination, source)
         events.send(("started", None))
         value = function(**arguments)
         if inspect.iscoroutine(value):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import itertools
 import os
@@ -15,13 +16,14 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from flytekit_ckpt.entries import FileWriter
 from flytekit_ckpt.errors import CheckpointError, StorageError
+from flytekit_ckpt.options import StorageOptions, resolved
 from flytekit_ckpt.pipeline import CHUNK_SIZE, MEMORY_BUDGET, Chunk, Range, in_order
 
 PART_SIZE = 8 << 20
@@ -45,9 +47,6 @@ MAX_PARTS = 10_000
 CONCURRENCY = 8
 """Requests of one object that run at the same time."""
 
-StorageOptions = Mapping[str, Any]
-"""Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -56,7 +55,7 @@ class Settings:
     Attributes
     ----------
     options : mapping
-        Keyword arguments of the fsspec filesystem; they go before the environment.
+        Keyword arguments of the fsspec filesystem; they go before what the platform configures.
     memory : int
         Bytes that one save or load may hold in memory.
     """
@@ -198,7 +197,7 @@ class StoredObject(ABC):
             raise
         except Exception as error:
             text = str(error).replace(self.uri, public(self.uri))
-            for option in ("key", "secret", "token", "password", "account_key", "sas_token"):
+            for option in ("key", "secret", "token", "password", "account_key", "client_secret", "sas_token"):
                 value = self._options.get(option)
                 if isinstance(value, str) and value:
                     text = text.replace(value, "***")
@@ -245,12 +244,16 @@ def public(uri: str) -> str:
     return f"{parts.scheme}://{host}{parts.path}"
 
 
+_CODE_ADVICE = {
+    "NoSuchBucket": "The bucket does not exist: create it, or correct the URI",
+    "PreconditionFailed": "It was overwritten meanwhile: try again",
+}
+
+
 def _advice(error: BaseException) -> str:
     code = _s3_code(error)
-    if code == "NoSuchBucket":
-        return "The bucket does not exist: create it, or correct the URI"
-    if code == "PreconditionFailed":
-        return "It was overwritten meanwhile: try again"
+    if code in _CODE_ADVICE:
+        return _CODE_ADVICE[code]
     if isinstance(error, PermissionError):
         return (
             "Check the credentials, and that they may read, write and list there "
@@ -258,6 +261,8 @@ def _advice(error: BaseException) -> str:
         )
     if type(error).__name__ == "NoCredentialsError":
         return "Give credentials in storage_options, the FLYTE_AWS_* variables or the cloud SDK's own"
+    if isinstance(error, ImportError):
+        return "It is the package that reaches this kind of storage"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "Make room there, or save less"
     return "Check that it is reachable and that the storage options are right, then try again"
@@ -403,15 +408,18 @@ def _file_version(status: os.stat_result) -> str:
 class FsspecObject(StoredObject):
     """An object behind fsspec's general interface."""
 
+    def __init__(self, uri: str, settings: Settings | None = None) -> None:
+        super().__init__(uri, settings)
+        self._protocol = uri.partition("://")[0]
+        self._options = resolved(self._protocol, self._settings.options)
+
     @property
     def _filesystem(self) -> Any:
         # Asked for at every use: fsspec hands out the same instance, but a fresh one in a forked process.
         return self._connected()
 
     def _connected(self, **arguments: Any) -> Any:
-        import fsspec
-
-        return fsspec.filesystem(self.uri.partition("://")[0], **self._options, use_listings_cache=False, **arguments)
+        return _filesystem_class(self._protocol)(**self._options, use_listings_cache=False, **arguments)
 
     @property
     def _key(self) -> str:
@@ -488,7 +496,27 @@ class FsspecObject(StoredObject):
             name = str(key).removeprefix(prefix)
             # Consoles make empty objects that end in "/" to show a folder.
             if str(key).startswith(prefix) and name and not name.endswith("/"):
-                yield name, type(self)(f"{self.uri}/{name}", self._settings)
+                yield name, type(self)(f"{self.uri}/{name}", replace(self._settings, options=self._options))
+
+
+def _filesystem_class(protocol: str) -> Any:
+    """Return fsspec's own filesystem for a protocol.
+
+    Flyte 2 registers obstore's in place of some: those only work inside an event loop, and what a failed save has sent
+    replaces the object.
+    """
+    import fsspec
+    from fsspec.registry import known_implementations
+
+    found = fsspec.get_filesystem_class(protocol)
+    if found.__module__.partition(".")[0] != "obstore":
+        return found
+    known = known_implementations[protocol]
+    module, _, name = known["class"].rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ImportError(known["err"]) from error
 
 
 def _info_version(info: Mapping[str, Any]) -> str:
@@ -503,19 +531,10 @@ def _info_version(info: Mapping[str, Any]) -> str:
 
 
 class S3Object(FsspecObject):
-    """An object on S3: one request when it fits into a part, multipart uploads and ranged reads otherwise.
-
-    Options come from `options`, then from the `FLYTE_AWS_*` variables that Flyte sets in its containers, then from
-    fsspec's configuration and the AWS SDK's own variables and files.
-    """
-
-    def __init__(self, uri: str, settings: Settings | None = None) -> None:
-        super().__init__(uri, settings)
-        self._options = _with_flyte_variables(self._options)
+    """An object on S3: one request when it fits into a part, multipart uploads and ranged reads otherwise."""
 
     @property
     def _filesystem(self) -> Any:
-        # Not by its protocol: Flyte 2 registers a filesystem of its own under "s3".
         from s3fs import S3FileSystem
 
         return S3FileSystem(**self._options, use_listings_cache=False)
@@ -651,16 +670,6 @@ def _version(answer: Mapping[str, Any]) -> str:
 
 # What S3 answers to a request for a part of an object that is another one by now, or gone.
 _CHANGED = {"PreconditionFailed", "412", "NoSuchKey", "404", "InvalidRange", "416"}
-
-
-def _with_flyte_variables(options: dict[str, Any]) -> dict[str, Any]:
-    endpoint = os.environ.get("FLYTE_AWS_ENDPOINT")
-    if endpoint and "endpoint_url" not in options and "endpoint_url" not in options.get("client_kwargs", {}):
-        options["endpoint_url"] = endpoint
-    key, secret = os.environ.get("FLYTE_AWS_ACCESS_KEY_ID"), os.environ.get("FLYTE_AWS_SECRET_ACCESS_KEY")
-    if key and secret and options.keys().isdisjoint(("key", "secret", "token", "anon", "profile", "session")):
-        options.update(key=key, secret=secret)
-    return options
 
 
 def divide(

@@ -13,6 +13,7 @@ from typing import Any
 
 from flytekit_ckpt import layout, storage
 from flytekit_ckpt.entries import file_chunks, folder_size, scan_folder
+from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback, Chunk
 
 Savable = os.PathLike[str] | str | bytes | bytearray | memoryview
@@ -77,7 +78,7 @@ class Checkpoint(BaseCheckpoint):
         checkpoint_dest: str,
         checkpoint_src: str | None = None,
         *,
-        storage_options: storage.StorageOptions | None = None,
+        storage_options: StorageOptions | None = None,
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         self._checkpoint_dest = os.fspath(checkpoint_dest)
