@@ -118,7 +118,7 @@ def _flyte_attempt(task: Any) -> _Attempt | None:
 
 def _of_flytekit() -> Checkpoint | None:
     """The checkpoint that flytekit was told of, in its container or its local sandbox."""
-    if "flytekit" not in sys.modules:
+    if sys.modules.get("flytekit") is None:
         return None
     import flytekit
 
@@ -160,7 +160,7 @@ def install() -> None:
     import wrapt
 
     for name in _PATCHES:
-        if name in sys.modules:
+        if sys.modules.get(name) is not None:
             # Waits for a thread that is in the midst of importing it.
             importlib.import_module(name)
     with _lock:

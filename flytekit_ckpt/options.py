@@ -57,7 +57,7 @@ class _Configured(dict[str, Any]):
 
 def _flyte(kind: str) -> Iterator[_Configured]:
     """Give what `flyte.init` was told, if it was told of this kind of store."""
-    if "flyte.storage" not in sys.modules:
+    if sys.modules.get("flyte.storage") is None:
         return
     import flyte.storage
     from flyte._initialize import get_storage
@@ -82,7 +82,7 @@ def _environment() -> _Configured:
 
 def _flytekit(kind: str) -> Iterator[_Configured]:
     """Give flytekit's configuration for a kind of store."""
-    if "flytekit" not in sys.modules:
+    if sys.modules.get("flytekit") is None:
         return
     from flytekit.core.context_manager import FlyteContextManager
 

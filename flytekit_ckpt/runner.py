@@ -289,7 +289,7 @@ def _pickled(value: object) -> tuple[bytes | None, str]:
 def _recoverable() -> tuple[type[BaseException], ...]:
     types: list[type[BaseException]] = [errors.FlyteRecoverableException]
     # An exception of flytekit's can only have been raised if flytekit was imported.
-    if "flytekit" in sys.modules:
+    if sys.modules.get("flytekit") is not None:
         from flytekit.exceptions.user import FlyteRecoverableException
 
         types.append(FlyteRecoverableException)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +17,14 @@ from tests import s3_server
 
 def pytest_report_header() -> str:
     return f"S3 server: {s3_server.available()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if all(map(importlib.util.find_spec, ("lightning", "torch", "transformers"))):
+        return
+    for item in items:
+        if item.get_closest_marker("heavy") is not None:
+            item.add_marker(pytest.mark.skip(reason="the extra `heavy` is not installed"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,348 @@
+"""install() and uninstall(): what they take over, whatever is imported when, and whatever is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flytekit_ckpt
+from flytekit_ckpt import SyncCheckpoint, context, v2
+
+# A user's module: its names come from every place that has them.
+USER = """
+import sys
+if "flytekit" in sys.argv:
+    from flytekit import Checkpoint
+    from flytekit.core.checkpointer import SyncCheckpoint as Renamed
+if "flyte" in sys.argv:
+    import flyte
+    from flyte import BaseCheckpoint, Checkpoint as New, latest_checkpoint
+"""
+
+# Names what is not ours, by where it was found.
+CHECK = """
+def strangers():
+    import flytekit_ckpt
+    from flytekit_ckpt import v2
+    ours = {
+        "Checkpoint": flytekit_ckpt.Checkpoint, "SyncCheckpoint": flytekit_ckpt.SyncCheckpoint,
+        "Renamed": flytekit_ckpt.SyncCheckpoint, "New": v2.Checkpoint, "BaseCheckpoint": v2.BaseCheckpoint,
+        "latest_checkpoint": v2.latest_checkpoint,
+    }
+    expected = {"user": ours}
+    if "flytekit" in sys.argv:
+        import flytekit.bin.entrypoint
+        legacy = {name: ours[name] for name in ("Checkpoint", "SyncCheckpoint")}
+        expected |= {
+            "flytekit": legacy, "flytekit.bin.entrypoint": legacy,
+            "flytekit.core.checkpointer": legacy, "flytekit.core.context_manager": legacy,
+        }
+    if "flyte" in sys.argv:
+        expected["flyte"] = {
+            "Checkpoint": v2.Checkpoint, "BaseCheckpoint": v2.BaseCheckpoint,
+            "latest_checkpoint": v2.latest_checkpoint,
+        }
+    return [
+        f"{module}.{name}"
+        for module, names in expected.items()
+        for name, value in names.items()
+        if vars(sys.modules[module]).get(name, value) is not value
+    ]
+
+def unavailable():
+    import flytekit
+    try:
+        flytekit.current_context().checkpoint
+    except flytekit_ckpt.CheckpointUnavailableError:
+        return True
+"""
+
+INSTALL = "import flytekit_ckpt; flytekit_ckpt.install(); flytekit_ckpt.install()"
+AUTO = "import flytekit_ckpt.auto"
+
+
+def printed(tmp_path: Path, code: str, *packages: str) -> str:
+    """Give what code prints in an interpreter where `user` can be imported."""
+    (tmp_path / "user.py").write_text(USER)
+    command = [sys.executable, "-c", "import sys\n" + textwrap.dedent(code), *packages]
+    return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=True).stdout.strip()
+
+
+BOTH = ["import flytekit", "import flyte", "import flyte_migrate", "import user"]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        [INSTALL, *BOTH],
+        ["import flytekit", INSTALL, "import flyte", "import flyte_migrate", "import user"],
+        ["import flyte", AUTO, "import user", "import flyte_migrate"],
+        ["import flyte_migrate", INSTALL, "import user"],
+        ["import user", AUTO, "import flyte_migrate"],
+        [*BOTH, INSTALL],
+    ],
+    ids=lambda order: " ".join(line.split(";")[0].split()[-1] for line in order),
+)
+def test_in_any_order_every_name_is_ours(tmp_path: Path, order: list[str]) -> None:
+    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    code = "\n".join([*order, CHECK, "print(strangers(), unavailable())"])
+    assert printed(tmp_path, code, "flytekit", "flyte") == "[] True"
+
+
+@pytest.mark.parametrize("install_first", [True, False])
+@pytest.mark.parametrize("package", ["flytekit", "flyte"])
+def test_either_package_may_be_missing(tmp_path: Path, package: str, install_first: bool) -> None:
+    pytest.importorskip(package)
+    missing = {"flytekit": "flyte", "flyte": "flytekit"}[package]
+    without = f"sys.modules[{missing!r}] = None"
+    order = [INSTALL, "import user"] if install_first else ["import user", INSTALL]
+    code = "\n".join([without, *order, CHECK, "print(strangers())"])
+    assert printed(tmp_path, code, package) == "[]"
+
+
+def test_neither_package_is_imported(tmp_path: Path) -> None:
+    code = """
+    import flytekit_ckpt.auto
+    flytekit_ckpt.uninstall()
+    print("flytekit" in sys.modules, "flyte" in sys.modules)
+    """
+    assert printed(tmp_path, code) == "False False"
+
+
+@pytest.mark.parametrize("before", [[], ["import flytekit", "import flyte"], BOTH], ids=["none", "packages", "all"])
+def test_uninstall_gives_everything_back_and_it_may_be_installed_again(tmp_path: Path, before: list[str]) -> None:
+    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    code = """
+    import flytekit.bin.entrypoint, flyte, flytekit
+    def originals():
+        modules = [flytekit, flytekit.bin.entrypoint, flytekit.core.checkpointer, flytekit.core.context_manager, flyte]
+        values = [getattr(module, name, None) for module in modules
+                  for name in ("Checkpoint", "SyncCheckpoint", "BaseCheckpoint", "latest_checkpoint")]
+        values += [flytekit.ExecutionParameters.checkpoint.fget, flyte.models.TaskContext.checkpoint.fget]
+        return {value.__module__.partition(".")[0] for value in values if value is not None}
+    for _ in range(3):
+        flytekit_ckpt.uninstall(); flytekit_ckpt.uninstall()
+        print(originals() == {"flytekit", "flyte"})
+        if "user" in sys.modules:
+            print(strangers())
+        flytekit_ckpt.install()
+        print(originals() == {"flytekit_ckpt"})
+        import user
+        print(strangers())
+    """
+    code = "\n".join([*before, INSTALL, CHECK, textwrap.dedent(code)])
+    lines = printed(tmp_path, code, "flytekit", "flyte").splitlines()
+    if before == BOTH:
+        # The user's module took its names before anything was installed, so it gets them back too.
+        assert len([line for line in lines if "user.Renamed" in line]) == 3
+    kept = [line for line in lines if "flytekit.Checkpoint" not in line]
+    assert set(kept) == {"True", "[]"}, lines
+
+
+def test_from_many_threads_while_others_import(tmp_path: Path) -> None:
+    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    code = """
+    import importlib, threading, flytekit_ckpt
+    sys.setswitchinterval(1e-5)
+    names = ["flytekit", "flyte", "flyte_migrate", "user"]
+    threads = [threading.Thread(target=importlib.import_module, args=(name,)) for name in names]
+    threads += [threading.Thread(target=flytekit_ckpt.install) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    """
+    code = textwrap.dedent(code) + CHECK + "\nprint(strangers(), unavailable())"
+    for _ in range(3):
+        assert printed(tmp_path, code, "flytekit", "flyte") == "[] True"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The attempts of one process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    flytekit_ckpt.install()
+    yield
+    flytekit_ckpt.uninstall()
+
+
+@pytest.mark.usefixtures("installed")
+def test_outside_a_task_flyte_has_none_and_flytekit_says_so() -> None:
+    import flyte
+
+    assert flyte.ctx().checkpoint is None
+    flytekit = pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    with pytest.raises(flytekit_ckpt.CheckpointUnavailableError):
+        flytekit.current_context().checkpoint  # noqa: B018
+    with pytest.raises(NotImplementedError):
+        flytekit.current_context().checkpoint  # noqa: B018
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_flytekit_task_that_is_run_locally_has_the_checkpoint_of_its_sandbox() -> None:
+    flytekit = pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    seen = []
+
+    @flytekit.task
+    def work() -> bytes | None:
+        checkpoint = flytekit.current_context().checkpoint
+        seen.append(checkpoint)
+        checkpoint.write(b"5")
+        return checkpoint.read()
+
+    assert work() is None
+    assert type(seen[0]) is SyncCheckpoint
+    assert SyncCheckpoint("unused", seen[0]._checkpoint_dest).read() == b"5"
+
+
+def run_locally(function: object, tmp_path: Path, *, retries: int = 0) -> object:
+    import flyte
+
+    # At once: by default flyte waits half a second.
+    strategy = flyte.RetryStrategy(count=retries, backoff=flyte.Backoff(base=datetime.timedelta(0)))
+    task = flyte.TaskEnvironment(name="tests").task(retries=strategy)(function)
+    return flyte.with_runcontext(mode="local", raw_data_path=str(tmp_path)).run(task).outputs()[0]
+
+
+def test_an_attempt_keeps_its_instances_when_it_installs_and_uninstalls(tmp_path: Path) -> None:
+    import flyte
+
+    def work() -> bool:
+        theirs = flyte.ctx().checkpoint
+        legacy = flytekit_ckpt.current_checkpoint()
+        assert type(theirs) is not v2.Checkpoint
+        flytekit_ckpt.install()
+        try:
+            ours = flyte.ctx().checkpoint
+            assert type(ours) is v2.Checkpoint
+            assert isinstance(ours, flyte.Checkpoint)
+            assert flyte.ctx().checkpoint is ours
+            assert flytekit_ckpt.current_checkpoint() is legacy
+        finally:
+            flytekit_ckpt.uninstall()
+        assert flyte.ctx().checkpoint is theirs
+        assert flytekit_ckpt.current_checkpoint() is legacy
+        return (ours.remote_destination, ours.remote_source) == (theirs.remote_destination, theirs.remote_source)
+
+    assert run_locally(work, tmp_path) is True
+
+
+@pytest.mark.usefixtures("installed")
+def test_threads_of_an_attempt_share_its_instances(tmp_path: Path) -> None:
+    import flyte
+
+    def work() -> int:
+        import contextvars
+
+        seen = set()
+        together = threading.Barrier(8, timeout=30)
+
+        def ask() -> None:
+            together.wait()
+            seen.add(flyte.ctx().checkpoint)
+            seen.add(flytekit_ckpt.current_checkpoint())
+
+        threads = [threading.Thread(target=contextvars.copy_context().run, args=(ask,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return len(seen)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        assert run_locally(work, tmp_path) == 2
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("installed")
+def test_tasks_of_a_reused_process_do_not_see_each_others_checkpoints(tmp_path: Path) -> None:
+    import flyte
+    from flyte._internal.runtime.rusty import run_task
+
+    instances: list[object] = []
+
+    async def work(number: int) -> int:
+        new, legacy = flyte.ctx().checkpoint, flytekit_ckpt.current_checkpoint()
+        instances.extend([new, legacy])
+        previous = await new.load()
+        await asyncio.sleep(0.01)
+        start = int(previous.read_text()) if previous is not None else number * 100
+        for index in range(start, start + 3):
+            assert flyte.ctx().checkpoint is new
+            assert flytekit_ckpt.current_checkpoint() is legacy
+            await new.save(str(index + 1).encode())
+            await asyncio.sleep(0)
+        assert legacy.read() == (None if previous is None else str(start).encode())
+        return start
+
+    async def attempts(attempt: int) -> None:
+        """Run ten tasks at once, as the worker of a reused container does."""
+        task = flyte.TaskEnvironment(name="tests").task(work)
+
+        async def run(number: int) -> None:
+            from flyte._internal.runtime.convert import convert_from_native_to_inputs
+
+            folder = tmp_path / f"{number}-{attempt}"
+            folder.mkdir()
+            inputs = await convert_from_native_to_inputs(task.native_interface, number=number)
+            (folder / "inputs.pb").write_bytes(inputs.proto_inputs.SerializeToString())
+            await run_task(
+                task=task,
+                controller=None,
+                org="o",
+                project="p",
+                domain="d",
+                run_name="r",
+                name=f"a{number}",
+                raw_data_path=str(folder / "raw"),
+                output_path=str(folder),
+                run_base_dir=str(folder),
+                version="v",
+                checkpoint_path=str(tmp_path / f"checkpoint-{number}-{attempt}"),
+                prev_checkpoint=str(tmp_path / f"checkpoint-{number}-{attempt - 1}") if attempt else None,
+                input_path=str(folder / "inputs.pb"),
+            )
+            assert not (folder / "error.pb").exists()
+
+        await asyncio.gather(*(run(number) for number in range(10)))
+
+    for attempt in range(3):
+        asyncio.run(attempts(attempt))
+        for number in range(10):
+            saved = (tmp_path / f"checkpoint-{number}-{attempt}").read_text()
+            assert saved == str(number * 100 + 3 * (attempt + 1))
+    assert len(set(instances)) == 10 * 3 * 2
+
+
+def test_an_attempt_that_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
+    import gc
+
+    before = len(context._attempts)
+    flytekit_ckpt.install()
+    try:
+
+        def work() -> bool:
+            import flyte
+
+            flytekit_ckpt.current_checkpoint()
+            return flyte.ctx().checkpoint.prev_exists()
+
+        run_locally(work, tmp_path)
+    finally:
+        flytekit_ckpt.uninstall()
+    gc.collect()
+    assert len(context._attempts) <= before
