@@ -7,7 +7,7 @@ import pathlib
 
 import flyte
 
-import flytekit_ckpt.auto  # noqa: F401
+import flytekit_ckpt.auto
 
 env = flyte.TaskEnvironment(name="process-data")
 

@@ -1,12 +1,12 @@
 """The counter of Flyte 1's documentation; its one new line is the import of `flytekit_ckpt.auto`.
 
-On Flyte 1 and, with flyte-migrate, on Flyte 2: pyflyte-migrate run examples/flytekit_counter.py counter --n_iterations 10
+pyflyte-migrate run examples/flytekit_counter.py counter --n_iterations 10
 """
 
 from flytekit import current_context, task
 from flytekit.exceptions.user import FlyteRecoverableException
 
-import flytekit_ckpt.auto  # noqa: F401
+import flytekit_ckpt.auto
 
 
 @task(retries=3)

@@ -10,7 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import flytekit_ckpt.auto  # noqa: F401
+import flytekit_ckpt.auto
 
 env = flyte.TaskEnvironment(name="lightning-training")
 

@@ -5,7 +5,7 @@ import io
 import torch
 from flytekit import current_context, task
 
-import flytekit_ckpt.auto  # noqa: F401
+import flytekit_ckpt.auto
 
 
 @task(retries=5)

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.integrations import FlyteCallback
 
-import flytekit_ckpt.auto  # noqa: F401
+import flytekit_ckpt.auto
 
 
 class Sentences(Dataset):

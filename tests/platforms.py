@@ -1,4 +1,4 @@
-"""Calls tasks as Flyte's platforms do: attempt after attempt, each through the entry point of a container of its own."""
+"""Calls tasks as Flyte's platforms do: attempt after attempt, each through the real entry point."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Attempt:
 
     def starting(self) -> list[str]:
         """Give what it printed of where it starts."""
-        return [line for line in self.lines if line.lower().startswith(("starting at", "resuming from", "restoring from"))]
+        beginnings = ("starting at", "resuming from", "restoring from")
+        return [line for line in self.lines if line.lower().startswith(beginnings)]
 
 
 class Platform(ABC):
@@ -227,4 +228,3 @@ def _integer(kind: Any, value: int) -> Any:
     literal = kind()
     literal.scalar.primitive.integer = value
     return literal
-

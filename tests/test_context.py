@@ -160,6 +160,45 @@ def test_an_instance_of_ours_that_flytekit_was_given_is_taken_as_it_is(
         assert current_checkpoint() is ours
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_checkpoint_of_the_users_own_making_is_taken_as_it_is(
+    flytekit_attempt: Attempt, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flytekit
+    from flytekit.core.checkpointer import SyncCheckpoint as TheirCheckpoint
+
+    class Own(TheirCheckpoint):
+        pass
+
+    own = Own("unused")
+    if installed:
+        flytekit_ckpt.install()
+    try:
+        with flytekit_attempt("unused"):
+            monkeypatch.setattr(flytekit.current_context(), "_checkpoint", own)
+            assert current_checkpoint() is own
+            assert flytekit.current_context().checkpoint is own
+    finally:
+        flytekit_ckpt.uninstall()
+
+
+@pytest.mark.parametrize("installing", [True, False])
+def test_the_instance_is_the_same_for_flytekits_own_context(
+    flytekit_attempt: Attempt, tmp_path: Path, installing: bool
+) -> None:
+    import flytekit
+
+    with flytekit_attempt(tmp_path / "1"):
+        first = current_checkpoint()
+        if installing:
+            flytekit_ckpt.install()
+        try:
+            assert (flytekit.current_context().checkpoint is first) == installing
+            assert current_checkpoint() is first
+        finally:
+            flytekit_ckpt.uninstall()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flyte 2
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""The programs in examples/, unchanged, through the real entry points: each attempt starts where an earlier one saved."""
+"""The programs in examples/, through the real entry points: each attempt starts where an earlier one saved."""
 
 from __future__ import annotations
 
 import importlib.util
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +53,7 @@ def test_flytekits_counter_resumes_under_pyflyte_migrate(tmp_path: Path) -> None
 @on_flytekit
 def test_a_task_that_began_on_plain_flytekit_resumes_on_flyte_2(place: Place, tmp_path: Path) -> None:
     installing = (EXAMPLES / "flytekit_counter.py").read_text()
-    plain = installing.replace("import flytekit_ckpt.auto  # noqa: F401\n", "")
+    plain = installing.replace("import flytekit_ckpt.auto\n", "")
     assert plain != installing
     file = tmp_path / "plain_counter.py"
     file.write_text(plain)
@@ -125,7 +124,9 @@ def test_the_resilient_counter_resumes_in_a_local_run(tmp_path: Path, capsys: py
     import flyte
 
     module = load("flyte_counter")
-    run = flyte.with_runcontext(mode="local", raw_data_path=str(tmp_path)).run(module.resilient_counter, n_iterations=10)
+    run = flyte.with_runcontext(mode="local", raw_data_path=str(tmp_path)).run(
+        module.resilient_counter, n_iterations=10
+    )
     assert run.outputs()[0] == 10
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
@@ -156,9 +157,7 @@ def test_a_restarted_clustered_worker_resumes_from_its_own_attempt(place: Place,
 @on_flytekit
 @pytest.mark.heavy
 @pytest.mark.parametrize("platform", [Flyte1, pytest.param(Migrated, id="Flyte2")])
-def test_a_pytorch_task_ends_with_the_loss_of_an_uninterrupted_one(
-    platform: type[Platform], tmp_path: Path
-) -> None:
+def test_a_pytorch_task_ends_with_the_loss_of_an_uninterrupted_one(platform: type[Platform], tmp_path: Path) -> None:
     whole, broken = (
         platform(EXAMPLES / "torch_training.py", "train", {"epochs": 10}, str(tmp_path / name), tmp_path / name)
         for name in ("whole", "broken")

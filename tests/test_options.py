@@ -181,8 +181,8 @@ def test_a_flyte_task_reaches_the_store_that_flyte_init_names(s3: Place, tmp_pat
     def work() -> str:
         before = flyte.ctx().checkpoint.load_sync().read_text() + flytekit_ckpt.current_checkpoint().read().decode()
         flyte.ctx().checkpoint.save_sync(b"6")
-        # Made by hand, as flyte's own would be.
-        return before + flyte.Checkpoint("unused", {uri!r} + "/checkpoint").load_sync().read_text()
+        by_hand = flyte.Checkpoint("unused", {uri!r} + "/checkpoint")
+        return before + by_hand.load_sync().read_text()
 
     print("read", flyte.with_runcontext(mode="local", raw_data_path={uri!r}).run(work).outputs()[0])
     """
@@ -208,4 +208,5 @@ def test_a_flytekit_task_reaches_the_store_that_its_configuration_file_names(s3:
         environment={"FLYTECTL_CONFIG": str(file)},
     )
     assert run.run(retries=1) == 6
-    assert [attempt.starting() for attempt in run.attempts] == [["starting at iteration 0"], ["starting at iteration 4"]]
+    lines = [line for attempt in run.attempts for line in attempt.starting()]
+    assert lines == ["starting at iteration 0", "starting at iteration 4"]

@@ -140,6 +140,43 @@ def test_a_folder_saved_by_a_killed_attempt_is_restored_by_the_next(place: Place
     assert result == {"layers/weights": bytes(range(256)), "step": b"7"}
 
 
+def test_flytes_own_api_has_the_runners_checkpoint(place: Place, task: Task) -> None:
+    target = task(
+        """
+        def work():
+            import flyte
+            checkpoint = flyte.ctx().checkpoint
+            loaded = checkpoint.load_sync()
+            if loaded is not None:
+                return loaded.read_text(), type(checkpoint).__module__, current_checkpoint().read()
+            checkpoint.save_sync(b"5")
+            die()
+        """
+    )
+    pytest.importorskip("flyte")
+    assert run(target, retries=1, root=place.root) == ("5", "flytekit_ckpt.v2", b"5")
+
+
+def test_a_task_that_imports_flytekit_late_has_the_runners_checkpoint(place: Place, task: Task) -> None:
+    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    target = task(
+        """
+        def work():
+            from flytekit import current_context
+            checkpoint = current_context().checkpoint
+            if checkpoint.read() is None:
+                checkpoint.write(b"5")
+                die()
+            seen = []
+            thread = threading.Thread(target=lambda: seen.append(current_context().checkpoint.read()))
+            thread.start()
+            thread.join()
+            return seen
+        """
+    )
+    assert run(target, retries=1, root=place.root) == [b"5"]
+
+
 def test_an_attempt_whose_predecessor_saved_nothing_is_told_so(task: Task, tmp_path: Path) -> None:
     target = task("""
         def work():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import sys
 import threading
 import time
+import types
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -412,6 +415,24 @@ def test_options_come_from_the_call_then_flytes_variables_then_the_sdks(
     assert works({"client_kwargs": {"endpoint_url": endpoint}})
     # Half of a key pair from one place and half from another would be nobody's.
     assert not works({"key": "wrong", "secret": "wrong"})
+
+
+@pytest.mark.parametrize(
+    ("protocol", "package", "name"), [("gs", "gcsfs", "GCSFileSystem"), ("abfs", "adlfs", "AzureBlobFileSystem")]
+)
+def test_where_flyte_registers_a_filesystem_fsspecs_own_is_asked_for(
+    protocol: str, package: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flyte.storage")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(StorageError, match=f"{protocol}://bucket/key.*{package}"):
+        storage.at(f"{protocol}://bucket/key").get()
+    own = types.ModuleType(package)
+    setattr(own, name, MemoryFileSystem)
+    monkeypatch.setitem(sys.modules, package, own)
+    item = storage.at(f"{protocol}://bucket/key")
+    item.put([b"x"])
+    assert type(item._filesystem) is MemoryFileSystem  # type: ignore[attr-defined]
 
 
 # Local files and names ------------------------------------------------------------------------------------------------
