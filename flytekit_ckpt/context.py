@@ -203,7 +203,8 @@ _changes: dict[tuple[Any, str], _Change] = {}
 
 
 def _change(owner: Any, name: str, ours: Any) -> None:
-    theirs = vars(owner)[name]
+    # Releases differ in what they have.
+    theirs = vars(owner).get(name, ours)
     # Hooks of an earlier `install` may come once more.
     if theirs is not ours and (owner, name) not in _changes:
         _changes[owner, name] = _Change(theirs, ours)
@@ -240,15 +241,24 @@ def _patch_flyte_names(flyte: types.ModuleType) -> None:
 
 
 def _patch_flyte_context(models: types.ModuleType) -> None:
-    if hasattr(models.TaskContext, "checkpoint"):
-        _change(models.TaskContext, "checkpoint", property(_flyte_checkpoint))
+    _change(models.TaskContext, "checkpoint", property(_flyte_checkpoint))
+
+
+def _patch_flytekit_elastic(task: types.ModuleType) -> None:
+    _change(task, "spawn_helper", _flytekit_worker)
+
+
+def _patch_flyte_elastic(task: types.ModuleType) -> None:
+    _change(task, "launcher_entrypoint", _flyte_worker)
 
 
 _PATCHES: dict[str, Callable[[types.ModuleType], None]] = {
     "flytekit.core.checkpointer": _patch_flytekit_names,
     "flytekit.core.context_manager": _patch_flytekit_context,
+    "flytekitplugins.kfpytorch.task": _patch_flytekit_elastic,
     "flyte": _patch_flyte_names,
     "flyte.models": _patch_flyte_context,
+    "flyteplugins.pytorch.task": _patch_flyte_elastic,
 }
 
 
@@ -265,6 +275,26 @@ def _flyte_checkpoint(task: Any) -> v2.Checkpoint | None:
     with _lock:
         attempt = _flyte_attempt(task) or (_runners[-1] if _runners else None)
         return attempt.new if attempt is not None else None
+
+
+# Both Flytes' Elastic tasks spawn workers that get the task's function pickled by its value, so that they do not import
+# the module that calls `install`.
+
+
+def _flytekit_worker(*arguments: Any) -> Any:
+    """Run as a worker of `flytekitplugins.kfpytorch.Elastic`."""
+    install()
+    from flytekitplugins.kfpytorch import task
+
+    return _changes[task, "spawn_helper"].theirs(*arguments)
+
+
+def _flyte_worker(*arguments: Any) -> Any:
+    """Run as a worker of `flyteplugins.pytorch.Elastic`."""
+    install()
+    from flyteplugins.pytorch import task
+
+    return _changes[task, "launcher_entrypoint"].theirs(*arguments)
 
 
 def _take_over(ours: dict[Any, Any], but: str = "") -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import flytekit_ckpt
 from flytekit_ckpt import SyncCheckpoint, context, v2
+from tests.platforms import Flyte1, Flyte2, Platform
 
 # A user's module: its names come from every place that has them.
 USER = """
@@ -346,3 +347,69 @@ def test_an_attempt_that_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
         flytekit_ckpt.uninstall()
     gc.collect()
     assert len(context._attempts) <= before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+ELASTIC = {
+    "flytekit": """
+        import os
+        import flytekit_ckpt.auto
+        from flytekit import current_context, task
+        from flytekit.exceptions.user import FlyteRecoverableException
+        from flytekitplugins.kfpytorch import Elastic
+
+        @task(task_config=Elastic(nnodes=1, nproc_per_node=2), retries=1)
+        def work() -> int:
+            checkpoint = current_context().checkpoint
+            saved = checkpoint.read()
+            if os.environ["RANK"] == "0":
+                print("starting at", 0 if saved is None else int(saved))
+            if saved is None:
+                if os.environ["RANK"] == "0":
+                    checkpoint.write(b"5")
+                raise FlyteRecoverableException("simulated")
+            return int(saved)
+    """,
+    "flyte": """
+        import os
+        import flyte
+        import flytekit_ckpt.auto
+        from flyteplugins.pytorch import Elastic
+
+        elastic = Elastic(nnodes=1, nproc_per_node=2, max_restarts=0)
+        environment = flyte.TaskEnvironment(name="tests", plugin_config=elastic)
+
+        @environment.task(retries=1)
+        def work() -> int:
+            checkpoint = flyte.ctx().checkpoint
+            loaded = checkpoint.load_sync()
+            assert type(checkpoint).__module__ == "flytekit_ckpt.v2"
+            start = 0 if loaded is None else int(loaded.read_text())
+            if os.environ["RANK"] == "0":
+                print("starting at", start)
+            if not start:
+                if os.environ["RANK"] == "0":
+                    checkpoint.save_sync(b"5")
+                raise RuntimeError("simulated")
+            return start
+    """,
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("package", "platform"), [("flytekit", Flyte1), ("flyte", Flyte2)])
+def test_the_workers_of_an_elastic_task_are_installed_in_too(
+    package: str, platform: type[Platform], tmp_path: Path
+) -> None:
+    pytest.importorskip(package)
+    file = tmp_path / "elastic_task.py"
+    file.write_text(textwrap.dedent(ELASTIC[package]))
+    run = platform(file, "work", {}, str(tmp_path / "checkpoints"), tmp_path)
+    assert run.run(retries=1) == 5
+    # With torch's own beginning of a worker's lines.
+    starts = [line for attempt in run.attempts for line in attempt.lines if "starting at" in line]
+    assert [line.split()[-1] for line in starts] == ["0", "5"]
+    assert Path(run.destination(1)).read_bytes() == b"5"
