@@ -35,6 +35,11 @@ def current() -> None:
     legacy(flytekit_ckpt.current_checkpoint())
 
 
+def installed() -> None:
+    flytekit_ckpt.install()
+    flytekit_ckpt.uninstall()
+
+
 async def new(cp: v2.BaseCheckpoint) -> None:
     awaited: Path | None = await cp.load()
     await cp.save(b"")
