@@ -118,7 +118,11 @@ def test_neither_package_is_imported(tmp_path: Path) -> None:
     assert printed(tmp_path, code) == "False False"
 
 
-@pytest.mark.parametrize("before", [[], ["import flytekit", "import flyte"], BOTH], ids=["none", "packages", "all"])
+@pytest.mark.parametrize(
+    "before",
+    [[], [INSTALL, "flytekit_ckpt.uninstall()"], ["import flytekit", "import flyte"], BOTH],
+    ids=["none", "installed and uninstalled", "packages", "all"],
+)
 def test_uninstall_gives_everything_back_and_it_may_be_installed_again(tmp_path: Path, before: list[str]) -> None:
     pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
     code = """
@@ -146,6 +150,19 @@ def test_uninstall_gives_everything_back_and_it_may_be_installed_again(tmp_path:
         assert len([line for line in lines if "user.Renamed" in line]) == 3
     kept = [line for line in lines if "flytekit.Checkpoint" not in line]
     assert set(kept) == {"True", "[]"}, lines
+
+
+def test_uninstall_leaves_what_someone_else_has_put_there_since() -> None:
+    import flyte
+
+    own = flyte.Checkpoint
+    flytekit_ckpt.install()
+    try:
+        flyte.Checkpoint = "someone else's"
+        flytekit_ckpt.uninstall()
+        assert flyte.Checkpoint == "someone else's"
+    finally:
+        flyte.Checkpoint = own
 
 
 def test_from_many_threads_while_others_import(tmp_path: Path) -> None:
