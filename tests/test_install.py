@@ -105,7 +105,13 @@ def test_either_package_may_be_missing(tmp_path: Path, package: str, install_fir
     missing = {"flytekit": "flyte", "flyte": "flytekit"}[package]
     without = f"sys.modules[{missing!r}] = None"
     order = [INSTALL, "import user"] if install_first else ["import user", INSTALL]
-    code = "\n".join([without, *order, CHECK, "print(strangers())"])
+    ask = """
+try:
+    flytekit_ckpt.current_checkpoint()
+except flytekit_ckpt.CheckpointUnavailableError:
+    print(strangers())
+"""
+    code = "\n".join([without, *order, CHECK, ask])
     assert printed(tmp_path, code, package) == "[]"
 
 

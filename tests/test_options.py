@@ -104,11 +104,11 @@ def test_what_is_given_is_completed_and_not_changed(monkeypatch: pytest.MonkeyPa
 def test_flyte_init_goes_before_the_variables(tmp_path: Path) -> None:
     pytest.importorskip("flyte")
     code = f"os.environ.update({VARIABLES!r})\n{FLYTE}"
-    assert resolved_after(code, tmp_path) == {
+    assert resolved_after(code, tmp_path, client_kwargs={"verify": False}) == {
         "endpoint_url": "http://flyte",
         "key": "flyte",
         "secret": "secret of flyte",
-        "client_kwargs": {"region_name": "eu-central-1"},
+        "client_kwargs": {"verify": False, "region_name": "eu-central-1"},
         "config_kwargs": {"s3": {"addressing_style": "path"}},
     }
 
