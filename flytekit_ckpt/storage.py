@@ -16,7 +16,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -496,7 +496,7 @@ class FsspecObject(StoredObject):
             name = str(key).removeprefix(prefix)
             # Consoles make empty objects that end in "/" to show a folder.
             if str(key).startswith(prefix) and name and not name.endswith("/"):
-                yield name, type(self)(f"{self.uri}/{name}", replace(self._settings, options=self._options))
+                yield name, type(self)(f"{self.uri}/{name}", self._settings)
 
 
 def _filesystem_class(protocol: str) -> Any:
