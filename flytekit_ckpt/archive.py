@@ -34,7 +34,7 @@ except ImportError:  # where isal has no wheel: slower, same format
 
 from flytekit_ckpt.entries import Entry, OpenFile, safe_name
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from flytekit_ckpt.pipeline import CHUNK_SIZE, MEMORY_BUDGET, Chunk, Range, ahead, in_order, processors
+from flytekit_ckpt.pipeline import CHUNK_SIZE, LITTLE, MEMORY_BUDGET, Chunk, Range, ahead, in_order, processors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -572,7 +572,9 @@ def _members(source: _Bytes) -> Iterator[tuple[int, list[memoryview]]]:
         if sum(map(len, pieces)) < length:
             message = "it is truncated: its compressed data ends in the middle"
             raise CorruptCheckpointError(message)
-        yield length + MEMBER_SIZE, pieces
+        # What it inflates to stands at its end; only of a little one is it worth looking.
+        size = int.from_bytes(b"".join(pieces)[-4:], "little") if length <= LITTLE else MEMBER_SIZE
+        yield length + min(size, MEMBER_SIZE), pieces
 
 
 def _stated_length(header: bytes | bytearray) -> int:

@@ -38,6 +38,9 @@ class Callback(Protocol):
         """Take the bytes that have been moved since the last call."""
 
 
+LITTLE = 64 << 10
+"""Bytes that are worked on in less time than a thread takes to start."""
+
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
 
@@ -52,7 +55,7 @@ def processors() -> int:
 def in_order(
     function: Callable[[_Item], _Answer], items: Iterable[tuple[int, _Item]], *, threads: int, memory: int
 ) -> Iterator[_Answer]:
-    """Map in threads; the answers come in order of the items, one item alone is worked on without a thread.
+    """Map in threads; the answers come in order of the items, what is little is worked on without a thread.
 
     Parameters
     ----------
@@ -67,8 +70,13 @@ def in_order(
     """
     source = iter(items)
     head = deque(itertools.islice(source, 2))
-    if len(head) < 2:
-        yield from (function(item) for _, item in head)
+    spent = 0
+    while len(head) == 1 or (head and spent + head[0][0] <= LITTLE):
+        size, item = head.popleft()
+        spent += size
+        yield function(item)
+        head.extend(itertools.islice(source, 1))
+    if not head:
         return
     waiting: deque[tuple[int, Future[_Answer]]] = deque()
     held = 0

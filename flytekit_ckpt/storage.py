@@ -174,6 +174,14 @@ class StoredObject(ABC):
         """List what lies below this URI as if it were a folder: names relative to it and their objects, sorted."""
 
     @abstractmethod
+    def names(self) -> list[str]:
+        """List the objects directly below this URI as if it were a folder, by their names there, in one pass."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Remove the object, if it is there."""
+
+    @abstractmethod
     def _put(
         self, chunks: Iterator[Chunk | Range], size: Callable[[], int] | None, previous: Written | None
     ) -> Written: ...
@@ -378,6 +386,17 @@ class LocalObject(StoredObject):
         for path in paths:
             yield path.relative_to(self._path).as_posix(), LocalObject(path, self._settings)
 
+    def names(self) -> list[str]:
+        with self._reporting("list"):
+            try:
+                return [item.name for item in os.scandir(self._path) if item.is_file()]
+            except FileNotFoundError:
+                return []
+
+    def remove(self) -> None:
+        with self._reporting("remove"):
+            self._path.unlink(missing_ok=True)
+
 
 def _copy(source: int, target: int, part: Range) -> int:
     """Copy bytes from one file to the end of another, by the file system where it can."""
@@ -497,6 +516,18 @@ class FsspecObject(StoredObject):
             # Consoles make empty objects that end in "/" to show a folder.
             if str(key).startswith(prefix) and name and not name.endswith("/"):
                 yield name, type(self)(f"{self.uri}/{name}", self._settings)
+
+    def names(self) -> list[str]:
+        with self._reporting("list"):
+            try:
+                found = self._filesystem.ls(self._key, detail=True)
+            except FileNotFoundError:
+                return []
+        return [item["name"].rpartition("/")[2] for item in found if item["type"] == "file"]
+
+    def remove(self) -> None:
+        with self._reporting("remove"), contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._key)
 
 
 def _filesystem_class(protocol: str) -> Any:

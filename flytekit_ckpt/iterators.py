@@ -1,0 +1,602 @@
+"""Checkpoints of data iterators: where they were, in which epoch, with which shuffle.
+
+Takes the place of `datarax.checkpoint.iterators`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import operator
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from flytekit_ckpt import layout, state, storage
+from flytekit_ckpt.entries import stream_entry
+from flytekit_ckpt.errors import CorruptCheckpointError
+from flytekit_ckpt.options import StorageOptions
+from flytekit_ckpt.pipeline import MEMORY_BUDGET
+
+logger = logging.getLogger("flytekit_ckpt")
+
+Metadata = Mapping[str, int | str | float | bool]
+"""What a checkpoint may carry beside the state."""
+
+IDENTITY = ("sampler_repr", "data_source_repr", "shard_count", "worker_count")
+"""Keys of a state that must be the same in the iterator that it is restored into."""
+
+_STEP = re.compile(r"ckpt-(0|[1-9][0-9]*)")
+_UNVERSIONED = "checkpoint"
+
+
+@runtime_checkable
+class CheckpointableIterator(Protocol):
+    """What can be saved and restored (Grain's `DatasetIterator` and datarax's iterators are such)."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what `set_state` needs in order to go on from here."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from where a state was taken."""
+
+
+Checkpointable = TypeVar("Checkpointable")
+
+
+class Handler(Protocol):
+    """What `IteratorCheckpoint` asks of a handler; datarax's `OrbaxCheckpointHandler` fits too."""
+
+    def save_to_directory(
+        self,
+        directory: Any,
+        target: Any,
+        step: int | None = None,
+        keep: int | None = 1,
+        overwrite: bool = False,  # noqa: FBT001, FBT002 - datarax's signature
+        metadata: Any = None,
+    ) -> str: ...
+
+    def restore(self, directory: Any, target: Any = None, step: int | None = None) -> Any: ...
+
+    def latest_step(self, directory: Any) -> int | None: ...
+
+    def list_checkpoints(self, directory: Any) -> dict[int, str]: ...
+
+    def wait_until_finished(self) -> None: ...
+
+
+class StateHandler:
+    """Stores states as objects `<directory>/ckpt-<step>`, or `<directory>/checkpoint` without a step.
+
+    Takes the place of datarax's `OrbaxCheckpointHandler`. Each object is a gzip-compressed tar that holds `state.json`,
+    `metadata.json` and the arrays; `flyte.Checkpoint` loads it, `tar tzf` shows it. Reading it runs no code.
+
+    Parameters
+    ----------
+    async_checkpointing : bool, default False
+        Whether saving is done behind the caller, in order. The state is taken at the call; what fails is raised by the
+        next call or by `wait_until_finished`. A process that ends normally finishes first.
+    storage_options : mapping, keyword only, optional
+        Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
+    memory_budget : int, keyword only, default 256 MiB
+        Bytes that one save or load may hold in memory beside the state itself.
+    """
+
+    def __init__(
+        self,
+        async_checkpointing: bool = False,  # noqa: FBT001, FBT002 - datarax's signature
+        *,
+        storage_options: StorageOptions | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> None:
+        self.async_checkpointing = async_checkpointing
+        self._settings = storage.Settings(storage_options or {}, memory_budget)
+        self._behind = _Behind() if async_checkpointing else None
+
+    def save_to_directory(
+        self,
+        directory: str | os.PathLike[str],
+        target: Any,
+        step: int | None = None,
+        keep: int | None = 1,
+        overwrite: bool = False,  # noqa: FBT001, FBT002 - datarax's signature
+        metadata: Metadata | None = None,
+    ) -> str:
+        """Save a state, atomically, and remove the oldest steps when it is safe.
+
+        Parameters
+        ----------
+        directory : str or path-like
+            URI or path that the steps lie below.
+        target : dict or CheckpointableIterator
+            The state, or what has one.
+        step : int, optional
+            Not negative; without one, the unversioned checkpoint is saved, and nothing is removed.
+        keep : int, optional, default 1
+            How many steps stay, those with the highest numbers and the one that is being saved; all if `None` or less
+            than 1.
+        overwrite : bool, default False
+            Whether a checkpoint that is there already is replaced.
+        metadata : mapping, optional
+            Is kept beside the state.
+
+        Returns
+        -------
+        str
+            URI or path of the checkpoint.
+
+        Raises
+        ------
+        ValueError
+            If the step is there and not to be overwritten, or is negative.
+        TypeError
+            If something in the state cannot be stored; the message names it, and nothing has been written.
+        StorageError
+            If it cannot be stored; what was there before stays.
+        """
+        name = _UNVERSIONED if step is None else f"ckpt-{_checked(step)}"
+        base = os.fspath(directory).rstrip("/")
+        uri = f"{base}/{name}"
+        taken = target.get_state() if isinstance(target, CheckpointableIterator) else target
+        copied = self._behind is not None
+        files = state.encode(taken, "state", "state", copied=copied)
+        files += state.encode(dict(metadata or {}), "metadata", "metadata", copied=copied)
+
+        def save() -> None:
+            names = self._at(base).names()
+            path = storage.local_path(uri)
+            if (name in names and not overwrite) or (path is not None and path.is_dir()):
+                message = f"there is a checkpoint at {storage.public(uri)} already: give overwrite=True to replace it"
+                raise ValueError(message)
+            self._put(uri, files)
+            if step is not None and keep is not None and keep > 0:
+                for old in sorted({*_steps(names), step})[:-keep]:
+                    if old != step:
+                        self._at(f"{base}/ckpt-{old}").remove()
+
+        if self._behind is None:
+            save()
+        else:
+            self._behind.do(save)
+        return uri
+
+    def restore(
+        self,
+        directory: str | os.PathLike[str],
+        target: Any = None,
+        step: int | None = None,
+        metadata_only: bool = False,  # noqa: FBT001, FBT002 - datarax's signature
+    ) -> Any:
+        """Read a state.
+
+        Parameters
+        ----------
+        directory : str or path-like
+            URI or path that the steps lie below.
+        target : CheckpointableIterator, optional
+            What the state is set in.
+        step : int, optional
+            The highest one if not given, and the unversioned checkpoint if there are no steps.
+        metadata_only : bool, default False
+            Whether the metadata is wanted instead of the state.
+
+        Returns
+        -------
+        object
+            The target if there is one, the state or the metadata if not. `None` for metadata that was not given.
+
+        Raises
+        ------
+        ValueError
+            If there is no such checkpoint.
+        CorruptCheckpointError
+            If it is damaged, or not one of this package's.
+        StorageError
+            If it cannot be read.
+        """
+        self.wait_until_finished()
+        base = os.fspath(directory).rstrip("/")
+        found = self._read(f"{base}/ckpt-{_checked(step)}") if step is not None else self._read_latest(base)
+        if found is None:
+            wanted = "no checkpoints" if step is None else f"no checkpoint of step {step}"
+            message = f"{wanted} found in {storage.public(base)}"
+            raise ValueError(message)
+        saved, metadata = found
+        if metadata_only:
+            return metadata or None
+        if isinstance(target, CheckpointableIterator):
+            target.set_state(saved)
+            return target
+        return saved
+
+    def latest_step(self, directory: str | os.PathLike[str]) -> int | None:
+        """Return the highest step; `None` if there is none."""
+        return max(self.list_checkpoints(directory), default=None)
+
+    def list_checkpoints(self, directory: str | os.PathLike[str]) -> dict[int, str]:
+        """Return the steps, ascending, and their URIs or paths."""
+        self.wait_until_finished()
+        base = os.fspath(directory).rstrip("/")
+        return {step: f"{base}/ckpt-{step}" for step in _steps(self._at(base).names())}
+
+    def wait_until_finished(self) -> None:
+        """Wait for what is being saved behind the caller, and raise what failed."""
+        if self._behind is not None:
+            self._behind.wait()
+
+    def close(self) -> None:
+        """Finish what is being saved, and end the thread that does it."""
+        if self._behind is not None:
+            self._behind.close()
+
+    def __enter__(self) -> StateHandler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _at(self, uri: str) -> storage.StoredObject:
+        return storage.at(uri, self._settings)
+
+    def _put(self, uri: str, files: list[state.File]) -> None:
+        ordered = sorted(files, key=lambda file: file.name.split("/"))
+        size = sum(file.size for file in files)
+        entries = (stream_entry(file.name, file.chunks(), file.size) for file in ordered)
+        layout.put_tree(uri, entries, self._settings, size=lambda: size)
+
+    def _read_latest(self, base: str) -> tuple[Any, Any] | None:
+        # Another process may remove the latest step after it was listed, once it has saved a later one.
+        for _ in range(5):
+            steps = _steps(self._at(base).names())
+            found = self._read(f"{base}/ckpt-{steps[-1]}" if steps else f"{base}/{_UNVERSIONED}")
+            if found is not None or not steps:
+                return found
+        return None
+
+    def _read(self, uri: str) -> tuple[Any, Any] | None:
+        started = time.perf_counter()
+        found = layout.get(uri, self._settings)
+        if found is None:
+            return None
+        with layout.naming(uri):
+            if isinstance(found, layout.Payload):
+                message = "it is not the state of an iterator"
+                raise CorruptCheckpointError(message)
+            files = {}
+            size = 0
+            for entry in found.entries:
+                try:
+                    files[entry.name] = state.read_file(entry.name, entry.chunks())
+                except CorruptCheckpointError:
+                    raise
+                except ValueError as error:
+                    raise CorruptCheckpointError(str(error)) from error
+                size += entry.info.size
+            try:
+                content = state.decode("state", files), state.decode("metadata", files)
+            except ValueError as error:
+                raise CorruptCheckpointError(str(error)) from error
+        layout.Event("restored", "tree", size, time.perf_counter() - started, storage.public(uri)).log()
+        return content
+
+
+def _checked(step: int) -> int:
+    number = operator.index(step)
+    if number < 0:
+        message = f"a step is not negative, but {step} is"
+        raise ValueError(message)
+    return number
+
+
+def _steps(names: list[str]) -> list[int]:
+    """Give the steps among the names of objects, ascending."""
+    return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+
+class _Behind:
+    """Does what it is given in a thread, in order; keeps the first error for whoever asks next."""
+
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "flytekit_ckpt-save")
+        self._last: concurrent.futures.Future[None] | None = None
+        self._error: BaseException | None = None
+
+    def do(self, save: Callable[[], None]) -> None:
+        self._raise()
+        self._last = self._thread.submit(self._run, save)
+        _unfinished.add(self._last)
+        self._last.add_done_callback(_unfinished.discard)
+
+    def wait(self) -> None:
+        if self._last is not None:
+            concurrent.futures.wait([self._last])
+        self._raise()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._raise()
+
+    def _run(self, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except BaseException as error:
+            # Whoever never asks should find it in the log.
+            logger.exception("an iterator's checkpoint was not saved")
+            self._error = self._error or error
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+_unfinished: set[concurrent.futures.Future[None]] = set()
+
+
+def _finish() -> None:
+    concurrent.futures.wait(list(_unfinished))
+
+
+# Before the interpreter forbids new work to threads, which saving needs; `atexit` comes after that. The exit functions
+# of `threading` are called in reverse order, and that of concurrent.futures is there since it was imported.
+threading._register_atexit(_finish)  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Iterators
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class IteratorCheckpoint:
+    """Saves and restores iterators (datarax: `datarax.checkpoint.IteratorCheckpoint`).
+
+    Parameters
+    ----------
+    base_dir : str or pathlib.Path
+        URI or path that the checkpoints lie below.
+    handler : object, optional
+        What stores the states; a `StateHandler` if not given.
+    async_checkpointing : bool, default False
+        Whether saving is done behind the caller; see `StateHandler`, which it is passed to.
+    storage_options : mapping, keyword only, optional
+        Keyword arguments of the fsspec filesystem; passed to `StateHandler` too.
+
+    Attributes
+    ----------
+    base_dir : pathlib.Path or str
+        A path, or a URI.
+    handler : object
+
+    Examples
+    --------
+    >>> class Counter:
+    ...     def __init__(self): self.at = 0
+    ...     def get_state(self): return {"at": self.at}
+    ...     def set_state(self, state): self.at = state["at"]
+    >>> counter = Counter()
+    >>> counter.at = 5
+    >>> checkpoint = IteratorCheckpoint("/tmp/counter-state")
+    >>> checkpoint.save_to_directory(counter, step=5, overwrite=True)
+    '/tmp/counter-state/ckpt-5'
+    >>> checkpoint.restore_latest(Counter()).at
+    5
+    """
+
+    def __init__(
+        self,
+        base_dir: str | Path,
+        handler: Handler | None = None,
+        async_checkpointing: bool = False,  # noqa: FBT001, FBT002 - datarax's signature
+        *,
+        storage_options: StorageOptions | None = None,
+    ) -> None:
+        self.base_dir: str | Path = base_dir if "://" in os.fspath(base_dir) else Path(base_dir)
+        self.handler: Handler = handler or StateHandler(async_checkpointing, storage_options=storage_options)
+
+    def save_to_directory(
+        self,
+        iterator: Any,
+        step: int | None = None,
+        keep: int = 1,
+        overwrite: bool = False,  # noqa: FBT001, FBT002 - datarax's signature
+        metadata: Metadata | None = None,
+    ) -> str:
+        """Save an iterator's state.
+
+        Parameters
+        ----------
+        iterator : CheckpointableIterator
+            Its `get_state` returns a dict.
+        step : int, optional
+            Without one, the unversioned checkpoint is saved.
+        keep : int, default 1
+            How many steps stay; all if less than 1.
+        overwrite : bool, default False
+            Whether a checkpoint that is there already is replaced.
+        metadata : mapping, optional
+            Is kept beside the state.
+
+        Returns
+        -------
+        str
+            URI or path of the checkpoint.
+
+        Raises
+        ------
+        ValueError
+            If the iterator has no `get_state`, or it returns no dict; if the step is there and not to be overwritten.
+        TypeError
+            If something in the state cannot be stored; the message names it.
+        StorageError
+            If it cannot be stored; what was there before stays.
+        """
+        return self.handler.save_to_directory(
+            self.base_dir, _state(iterator), step=step, keep=keep, overwrite=overwrite, metadata=metadata
+        )
+
+    def restore(self, iterator: Checkpointable, step: int | None = None) -> Checkpointable:
+        """Set an iterator to a saved state.
+
+        Parameters
+        ----------
+        iterator : CheckpointableIterator
+            It stays as it is if anything is wrong.
+        step : int, optional
+            The latest if not given.
+
+        Returns
+        -------
+        CheckpointableIterator
+            The iterator.
+
+        Raises
+        ------
+        ValueError
+            If the iterator has no `get_state` or `set_state`, if there is no such checkpoint, or if it was saved by
+            another pipeline: one of `sampler_repr`, `data_source_repr`, `shard_count`, `worker_count` is in both
+            states, and differs.
+        CorruptCheckpointError, StorageError
+            If it is damaged, or cannot be read.
+        """
+        set_state = getattr(iterator, "set_state", None)
+        if not callable(set_state):
+            message = f"a {type(iterator).__name__} has no method set_state"
+            raise ValueError(message)  # noqa: TRY004 - datarax's error for it
+        live = _state(iterator)
+        saved = self.handler.restore(self.base_dir, step=step, target=None)
+        if not isinstance(saved, dict):
+            message = f"the checkpoint in {storage.public(str(self.base_dir))} is no dict, but {type(saved).__name__}"
+            raise ValueError(message)  # noqa: TRY004 - as above
+        for field in IDENTITY:
+            if field in saved and field in live and saved[field] != live[field]:
+                message = (
+                    f"the checkpoint in {storage.public(str(self.base_dir))} was saved by another pipeline: "
+                    f"{field} was {saved[field]!r}, and is {live[field]!r}. Build the iterator as it was"
+                )
+                raise ValueError(message)
+        set_state(saved)
+        return iterator
+
+    def restore_latest(self, iterator: Checkpointable) -> Checkpointable:
+        """Set an iterator to the state with the highest step; see `restore`.
+
+        Raises
+        ------
+        ValueError
+            If there is none, too.
+        """
+        latest = self.get_latest_step()
+        if latest is None:
+            message = f"no checkpoints found in {storage.public(str(self.base_dir))}"
+            raise ValueError(message)
+        # Not that one by its number: another process may have saved a later one meanwhile and removed it.
+        return self.restore(iterator)
+
+    def get_latest_step(self) -> int | None:
+        """Return the highest step; `None` if there is none."""
+        return self.handler.latest_step(self.base_dir)
+
+    def list_checkpoints(self) -> dict[int, str]:
+        """Return the steps and their URIs or paths."""
+        return self.handler.list_checkpoints(self.base_dir)
+
+    def has_checkpoint(self) -> bool:
+        """Tell whether there is a step."""
+        return self.get_latest_step() is not None
+
+    def wait_until_finished(self) -> None:
+        """Wait for what is being saved behind the caller, and raise what failed."""
+        self.handler.wait_until_finished()
+
+
+class PipelineCheckpoint(IteratorCheckpoint):
+    """Saves at every so many steps (datarax: `datarax.checkpoint.PipelineCheckpoint`)."""
+
+    def save_to_step(
+        self,
+        data_stream: Any,
+        step: int,
+        interval: int = 1000,
+        keep: int = 5,
+        overwrite: bool = False,  # noqa: FBT001, FBT002 - datarax's signature
+        metadata: Metadata | None = None,
+    ) -> str | None:
+        """Save if the step is a multiple of the interval; see `save_to_directory`.
+
+        Returns
+        -------
+        str or None
+            URI or path of the checkpoint; `None` if it is not yet time.
+        """
+        if step % interval:
+            return None
+        return self.save_to_directory(data_stream, step=step, keep=keep, overwrite=overwrite, metadata=metadata)
+
+
+class StateDictIterator:
+    """Gives what has `state_dict` and `load_state_dict` the methods that are asked for here.
+
+    For example torchdata's `StatefulDataLoader`: `checkpoint.save_to_directory(StateDictIterator(loader), step)`.
+    PyTorch's tensors in the state come back as tensors.
+
+    Parameters
+    ----------
+    wrapped : object
+        What has the two methods.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.wrapped)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the state dict."""
+        return {key: _marked(value) for key, value in self.wrapped.state_dict().items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Load a state dict."""
+        self.wrapped.load_state_dict({key: _unmarked(value) for key, value in state.items()})
+
+
+_TENSOR = "torch.Tensor"
+
+
+def _marked(value: Any) -> Any:
+    """Mark tensors, which are stored as arrays."""
+    if isinstance(value, dict):
+        return {key: _marked(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        # Of a named tuple, the values are kept.
+        return (list if isinstance(value, list) else tuple)(map(_marked, value))
+    return {_TENSOR: value} if type(value).__module__ == "torch" else value
+
+
+def _unmarked(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            import torch
+
+            return torch.from_numpy(value[_TENSOR])
+        return {key: _unmarked(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_unmarked, value))
+    return value
+
+
+def _state(iterator: Any) -> dict[str, Any]:
+    get_state = getattr(iterator, "get_state", None)
+    if not callable(get_state):
+        message = f"a {type(iterator).__name__} has no method get_state"
+        raise ValueError(message)  # noqa: TRY004 - datarax's error for it
+    found = get_state()
+    if not isinstance(found, dict):
+        message = f"get_state of a {type(iterator).__name__} must return a dict, not {type(found).__name__}"
+        raise ValueError(message)  # noqa: TRY004 - as above
+    return found

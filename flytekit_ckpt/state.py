@@ -1,0 +1,282 @@
+"""A state as files, without pickle: readable JSON, and the arrays and long byte strings beside it.
+
+The JSON holds strings, booleans, None, finite floats, integers of up to 64 bits, lists and dicts with string keys as
+they are. Everything else is a dict with one key that begins with "$" and says what it stands for.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk
+
+INLINE_SIZE = 1 << 10
+"""Bytes that a byte string may have to stand in the JSON."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a state: its name, its size in bytes, and what gives its content."""
+
+    name: str
+    size: int
+    chunks: Callable[[], Iterable[Chunk]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encode(state: Any, name: str, folder: str, *, copied: bool = False) -> list[File]:
+    """Turn a state into files.
+
+    Parameters
+    ----------
+    state : object
+        Dicts with string and integer keys, lists, tuples, strings, bytes, numbers, booleans, None, NumPy arrays and
+        scalars of every dtype but object, and tensors of JAX and PyTorch, which come back as NumPy arrays. Of a
+        subclass of a plain type, what it has in common with that type is kept.
+    name : str
+        What the state is called in messages; the first file is `<name>.json`.
+    folder : str
+        Folder that the other files are named in.
+    copied : bool, default False
+        Whether the arrays are copied now, so that they may change before the files are read.
+
+    Raises
+    ------
+    TypeError
+        If something in the state cannot be stored; the message names where it is.
+    ValueError
+        If the state holds itself, or is nested too deeply.
+    """
+    encoder = _Encoder(folder, copied=copied)
+    try:
+        content = json.dumps(encoder.encode(state, name), indent=1, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        message = f"{name} is nested too deeply to be stored"
+        raise ValueError(message) from None
+    # Lone surrogates are legal in Python's strings.
+    text = content.encode("utf-8", "surrogatepass")
+    return [File(f"{name}.json", len(text), lambda: [text]), *encoder.files]
+
+
+class _Encoder:
+    def __init__(self, folder: str, *, copied: bool) -> None:
+        self.files: list[File] = []
+        self._folder = folder
+        self._copied = copied
+        # The containers that the value being encoded lies in.
+        self._around: set[int] = set()
+
+    def encode(self, value: Any, path: str) -> Any:
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if kind.__module__.partition(".")[0] in {"numpy", "torch", "jax", "jaxlib"} and hasattr(value, "__array__"):
+            return self._encode_array(value, path)
+        if isinstance(value, int):
+            value = int(value)
+            # In hexadecimal: of long decimal numbers, Python refuses to read the digits.
+            return value if value.bit_length() <= 64 else {"$int": hex(value)}
+        if isinstance(value, float):
+            value = float(value)
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if isinstance(value, str):
+            return str(value)
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return self._encode_bytes(bytes(value))
+        if isinstance(value, (dict, list, tuple)):
+            return self._encode_container(value, path)
+        message = f"{path} is of type {kind.__module__}.{kind.__qualname__}, which cannot be stored without pickle"
+        raise TypeError(message)
+
+    def _encode_container(self, value: dict[Any, Any] | list[Any] | tuple[Any, ...], path: str) -> Any:
+        if id(value) in self._around:
+            message = f"{path} holds itself, which cannot be stored"
+            raise ValueError(message)
+        self._around.add(id(value))
+        try:
+            if isinstance(value, dict):
+                return self._encode_dict(value, path)
+            items = [self.encode(item, f"{path}[{index}]") for index, item in enumerate(value)]
+            return {"$tuple": items} if isinstance(value, tuple) else items
+        finally:
+            self._around.remove(id(value))
+
+    def _encode_dict(self, value: dict[Any, Any], path: str) -> Any:
+        for key in value:
+            if not isinstance(key, (str, int)):
+                message = f"{path} has the key {key!r} of type {type(key).__name__}: only strings and integers can be"
+                raise TypeError(message)
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: self.encode(item, f"{path}[{json.dumps(key)}]") for key, item in value.items()}
+        pairs = [
+            [self.encode(key, path), self.encode(item, f"{path}[{json.dumps(key)}]")] for key, item in value.items()
+        ]
+        return {"$dict": pairs}
+
+    def _encode_bytes(self, value: bytes) -> Any:
+        if len(value) <= INLINE_SIZE:
+            return {"$bytes": base64.b64encode(value).decode("ascii")}
+        return {"$bytes_file": self._add("bin", len(value), lambda: [value])}
+
+    def _encode_array(self, value: Any, path: str) -> Any:
+        import numpy as np
+
+        if isinstance(value, (np.str_, np.bytes_)):
+            # An array would lose zeros at their end.
+            return {f"$numpy.{type(value).__name__}": self.encode(value.item(), path)}
+        if isinstance(value, np.ma.MaskedArray):
+            message = f"{path} is a masked array: store its data and its mask"
+            raise TypeError(message)
+        try:
+            # A tensor may be on another device, or part of a graph.
+            array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        except (TypeError, RuntimeError) as error:
+            message = f"{path} has no form in NumPy: {error}"
+            raise TypeError(message) from error
+        header = _header(array, path)
+        if isinstance(value, np.generic):
+            return {"$scalar": base64.b64encode(header + array.tobytes()).decode("ascii")}
+        # In the order in which it lies in memory, where that is one of the two that files have.
+        array = array.T if _is_transposed(array) else array
+        array = np.array(array, order="C") if self._copied else np.asarray(array, order="C")
+        content = memoryview(array.reshape(-1).view(np.uint8).data if array.itemsize else b"")
+        return {"$array": self._add("npy", len(header) + content.nbytes, lambda: _pieces(header, content))}
+
+    def _add(self, suffix: str, size: int, chunks: Callable[[], Iterable[Chunk]]) -> str:
+        name = f"{self._folder}/{len(self.files)}.{suffix}"
+        self.files.append(File(name, size, chunks))
+        return name
+
+
+def _is_transposed(array: Any) -> bool:
+    return bool(array.flags.f_contiguous and not array.flags.c_contiguous)
+
+
+def _header(array: Any, path: str) -> bytes:
+    """Describe an array as NumPy's own files do; what they cannot describe without pickle is a `TypeError`."""
+    from numpy.lib import format as npy
+
+    try:
+        description = npy.dtype_to_descr(array.dtype)
+        storable = not array.dtype.hasobject and npy.descr_to_dtype(description) == array.dtype
+    except (TypeError, ValueError):
+        storable = False
+    if not storable:
+        message = f"{path} is an array of dtype {array.dtype}, which cannot be stored without pickle"
+        raise TypeError(message)
+    header = io.BytesIO()
+    fortran_order = _is_transposed(array)
+    npy.write_array_header_2_0(header, {"shape": array.shape, "fortran_order": fortran_order, "descr": description})
+    return header.getvalue()
+
+
+def _pieces(header: bytes, content: memoryview) -> Iterator[Chunk]:
+    yield header
+    for start in range(0, content.nbytes, CHUNK_SIZE):
+        yield content[start : start + CHUNK_SIZE]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_file(name: str, chunks: Iterator[Chunk]) -> Any:
+    """Read one of the files of a state: an array, or bytes."""
+    if not name.endswith(".npy"):
+        return b"".join(chunks)
+    try:
+        from numpy.lib import format as npy
+    except ImportError as error:
+        message = "the state holds arrays: install NumPy"
+        raise ImportError(message) from error
+    return npy.read_array(cast("BinaryIO", io.BufferedReader(_Reader(chunks))), allow_pickle=False)
+
+
+class _Reader(io.RawIOBase):
+    """Chunks as a file."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk).cast("B")
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
+def decode(name: str, files: Mapping[str, Any]) -> Any:
+    """Turn files, as `read_file` gives them, into the state again.
+
+    Raises
+    ------
+    ValueError
+        If they are not what `encode` makes.
+    """
+    try:
+        return _decoded(json.loads(files[f"{name}.json"].decode("utf-8", "surrogatepass")), files)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        message = f"{name}.json is not a state that flytekit_ckpt stored ({type(error).__name__}: {error})"
+        raise ValueError(message) from error
+
+
+def _decoded(value: Any, files: Mapping[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item, files) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next(iter(value), "")
+    if not tag.startswith("$"):
+        return {key: _decoded(item, files) for key, item in value.items()}
+    (content,) = value.values()
+    if tag == "$dict":
+        return {key: _decoded(item, files) for key, item in ((_decoded(key, files), item) for key, item in content)}
+    if tag == "$tuple":
+        return tuple(_decoded(item, files) for item in content)
+    if tag in {"$array", "$bytes_file"}:
+        return files[content]
+    return _TAGS[tag](_decoded(content, files))
+
+
+def _scalar(content: str) -> Any:
+    data = base64.b64decode(content, validate=True)
+    return read_file("scalar.npy", iter([data]))[()]
+
+
+def _numpy(name: str) -> Callable[[Any], Any]:
+    def made(content: Any) -> Any:
+        import numpy as np
+
+        return getattr(np, name)(content)
+
+    return made
+
+
+_TAGS: dict[str, Callable[[Any], Any]] = {
+    "$int": lambda content: int(content, 16),
+    "$float": float,
+    "$bytes": lambda content: base64.b64decode(content, validate=True),
+    "$scalar": _scalar,
+    "$numpy.str_": _numpy("str_"),
+    "$numpy.bytes_": _numpy("bytes_"),
+}
