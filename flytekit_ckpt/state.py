@@ -174,10 +174,27 @@ def _header(array: Any, path: str) -> bytes:
     if not storable:
         message = f"{path} is an array of dtype {array.dtype}, which cannot be stored without pickle"
         raise TypeError(message)
+    described = {"shape": array.shape, "fortran_order": _is_transposed(array), "descr": description}
     header = io.BytesIO()
-    fortran_order = _is_transposed(array)
-    npy.write_array_header_2_0(header, {"shape": array.shape, "fortran_order": fortran_order, "descr": description})
+    try:
+        npy.write_array_header_2_0(header, described)
+    except UnicodeEncodeError:
+        return _utf8_header(described, path)
     return header.getvalue()
+
+
+def _utf8_header(described: dict[str, Any], path: str) -> bytes:
+    """Describe an array whose fields have names beyond Latin-1: version 3 of the files, which NumPy does not offer."""
+    from numpy.lib import format as npy
+
+    try:
+        text = repr(described).encode()
+    except UnicodeEncodeError as error:
+        message = f"{path} is an array with a field whose name is not valid text"
+        raise TypeError(message) from error
+    magic = npy.magic(3, 0)
+    text += b" " * (-(len(magic) + 4 + len(text) + 1) % npy.ARRAY_ALIGN) + b"\n"
+    return bytes(magic + len(text).to_bytes(4, "little") + text)
 
 
 def _pieces(header: bytes, content: memoryview) -> Iterator[Chunk]:
