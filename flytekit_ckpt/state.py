@@ -41,8 +41,8 @@ def encode(state: Any, name: str, folder: str, *, copied: bool = False) -> list[
     ----------
     state : object
         Dicts with string and integer keys, lists, tuples, strings, bytes, numbers, booleans, None, NumPy arrays and
-        scalars of every dtype but object, and tensors of JAX and PyTorch, which come back as NumPy arrays. Of a
-        subclass of a plain type, what it has in common with that type is kept.
+        scalars of every dtype but object; keys of JAX's random generators; and tensors of JAX and PyTorch, which come
+        back as NumPy arrays. Of a subclass of a plain type, what it has in common with that type is kept.
     name : str
         What the state is called in messages; the first file is `<name>.json`.
     folder : str
@@ -81,7 +81,7 @@ class _Encoder:
         if value is None or kind is bool or kind is str:
             return value
         if kind.__module__.partition(".")[0] in {"numpy", "torch", "jax", "jaxlib"} and hasattr(value, "__array__"):
-            return self._encode_array(value, path)
+            return self._encode_key(value, path) if kind.__name__ == "PRNGKeyArray" else self._encode_array(value, path)
         if isinstance(value, int):
             value = int(value)
             # In hexadecimal: of long decimal numbers, Python refuses to read the digits.
@@ -151,6 +151,11 @@ class _Encoder:
         array = np.array(array, order="C") if self._copied else np.asarray(array, order="C")
         content = memoryview(array.reshape(-1).view(np.uint8).data if array.itemsize else b"")
         return {"$array": self._add("npy", len(header) + content.nbytes, lambda: _pieces(header, content))}
+
+    def _encode_key(self, value: Any, path: str) -> Any:
+        import jax
+
+        return {"$jax.key": [str(jax.random.key_impl(value)), self.encode(jax.random.key_data(value), path)]}
 
     def _add(self, suffix: str, size: int, chunks: Callable[[], Iterable[Chunk]]) -> str:
         name = f"{self._folder}/{len(self.files)}.{suffix}"
@@ -289,11 +294,19 @@ def _numpy(name: str) -> Callable[[Any], Any]:
     return made
 
 
+def _key(content: Any) -> Any:
+    import jax
+
+    implementation, data = content
+    return jax.random.wrap_key_data(data, impl=implementation)
+
+
 _TAGS: dict[str, Callable[[Any], Any]] = {
     "$int": lambda content: int(content, 16),
     "$float": float,
     "$bytes": lambda content: base64.b64decode(content, validate=True),
     "$scalar": _scalar,
+    "$jax.key": _key,
     "$numpy.str_": _numpy("str_"),
     "$numpy.bytes_": _numpy("bytes_"),
 }

@@ -188,3 +188,53 @@ def test_where_datarax_removes_the_step_that_it_has_just_saved_ours_stays(tmp_pa
         listed = (base, "list_checkpoints", None, {})
         _, found, _ = _datarax[0](*listed) if expected == [10] else answer(PipelineCheckpoint, *listed)  # noqa: F821
         assert [step for step, _ in found] == expected
+
+
+PIPELINES = """
+import sys, tempfile
+import jax
+import numpy as np
+from datarax import Pipeline
+from datarax.checkpoint.handlers import OrbaxCheckpointHandler
+from datarax.sources.memory_source import MemorySource, MemorySourceConfig
+from flax import nnx
+from flytekit_ckpt.iterators import CheckpointableIterator, IteratorCheckpoint
+
+def source():
+    return MemorySource(MemorySourceConfig(shuffle=True), {"x": np.arange(40)}, rngs=nnx.Rngs(7))
+
+def pipeline():
+    return iter(Pipeline(source=source(), stages=[], batch_size=4, rngs=nnx.Rngs(0)))
+
+def rest(iterator):
+    return [np.asarray(batch["x"]).tolist() for batch in iterator]
+
+for handler in (None, OrbaxCheckpointHandler()):
+    iterator = pipeline()
+    assert isinstance(iterator, CheckpointableIterator)
+    for _ in range(3):
+        next(iterator)
+    checkpoint = IteratorCheckpoint(tempfile.mkdtemp(), handler)
+    checkpoint.save_to_directory(iterator, step=3)
+    assert len(expected := rest(iterator)) == 7
+    assert rest(checkpoint.restore_latest(pipeline())) == expected
+
+# A module's state holds keys of random generators.
+checkpoint = IteratorCheckpoint(tempfile.mkdtemp())
+first = source()
+first.epoch.set_value(5)
+checkpoint.save_to_directory(first, step=1)
+assert checkpoint.restore_latest(source()).epoch.get_value() == 5
+found = checkpoint.handler.restore(checkpoint.base_dir)
+assert found["rngs"]["default"]["key"] == first.get_state()["rngs"]["default"]["key"]
+for implementation in ("threefry2x32", "rbg", "unsafe_rbg"):
+    keys = jax.random.split(jax.random.key(3, impl=implementation), 4)
+    checkpoint.handler.save_to_directory(checkpoint.base_dir, {"keys": keys}, step=2, overwrite=True)
+    found = checkpoint.handler.restore(checkpoint.base_dir, step=2)["keys"]
+    assert found.dtype == keys.dtype and (found == keys).all()
+"""
+
+
+def test_dataraxes_own_pipelines_and_modules_resume() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([str(PYTHON), "-c", PIPELINES], env=environment, check=True)
