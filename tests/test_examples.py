@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import flytekit_ckpt
+from flytekit_ckpt import runner
 from tests.conftest import Place
 from tests.platforms import EXAMPLES, Flyte1, Flyte2, Migrated, Platform, printed, script
 
@@ -147,6 +148,21 @@ def test_a_restarted_clustered_worker_resumes_from_its_own_attempt(place: Place,
     run.attempt()
     assert run.attempt(restart=True).output == 10
     assert starts(run) == ["5"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_model_and_data_resume_together_and_no_sample_counts_twice(place: Place) -> None:
+    lines: list[str] = []
+    target = f"{EXAMPLES / 'exactly_once.py'}:train"
+    # The first request to S3 takes its time.
+    seconds = 0.9 if place.is_local else 2.0
+    result = runner.run(target, {}, retries=20, root=place.root, preempt_after=seconds, report=lines.append)
+    assert result == {"least often": 2, "most often": 2}
+    assert any("killed" in line for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flytekit_ckpt.pipeline import ahead, in_order
+from flytekit_ckpt.pipeline import LITTLE, ahead, in_order
 
 
 def named() -> list[str]:
@@ -26,14 +26,23 @@ def test_answers_come_in_order_of_the_items(sizes: list[int], threads: int, memo
         time.sleep(item[1] / 10_000)
         return item[0]
 
-    found = in_order(work, ((size, (number, size)) for number, size in items), threads=threads, memory=memory)
+    # Some of it little, some not.
+    sized = ((size * LITTLE // 5, (number, size)) for number, size in items)
+    found = in_order(work, sized, threads=threads, memory=memory * LITTLE // 5)
     assert list(found) == [number for number, _ in items]
     assert list(ahead(iter(items), count=threads)) == items
     assert not named()
 
 
-def test_one_item_alone_is_worked_on_without_a_thread() -> None:
-    assert list(in_order(lambda _: threading.get_ident(), [(1, None)], threads=2, memory=1)) == [threading.get_ident()]
+def test_one_item_alone_and_what_is_little_are_worked_on_without_a_thread() -> None:
+    here = threading.get_ident()
+    for sizes in ([1 << 30], [LITTLE // 4] * 4, [LITTLE, 1 << 30]):
+        items = [(size, None) for size in sizes]
+        assert list(in_order(lambda _: threading.get_ident(), items, threads=2, memory=1)) == [here] * len(items)
+    many = [(LITTLE // 4, None)] * 20
+    found = list(in_order(lambda _: threading.get_ident(), many, threads=2, memory=1 << 30))
+    assert found[:4] == [here] * 4
+    assert here not in found[4:]
 
 
 @pytest.mark.parametrize("memory", [10, 35, 1000])
@@ -44,9 +53,9 @@ def test_only_so_much_is_under_way(memory: int) -> None:
         nonlocal taken
         for _ in range(100):
             taken += 1
-            yield 10, None
+            yield 10 * LITTLE, None
 
-    found = in_order(lambda item: item, items(), threads=2, memory=memory)
+    found = in_order(lambda item: item, items(), threads=2, memory=memory * LITTLE)
     next(found)
     # What is under way, the one that was handed on, and the one that has to wait.
     assert taken <= min(memory // 10, 4 * 2) + 2

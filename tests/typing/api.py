@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import flytekit_ckpt
 from flytekit_ckpt import v2
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
+from flytekit_ckpt.iterators import IteratorCheckpoint, PipelineCheckpoint, StateDictIterator, StateHandler
 
 
 def legacy(cp: Checkpoint) -> None:
@@ -74,3 +76,29 @@ def errors() -> None:
     else:
         raise flytekit_ckpt.FlyteRecoverableException("try again", io.DEFAULT_BUFFER_SIZE)
     print(value, system, unavailable)
+
+
+class Data:
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        print(state)
+
+
+def iterators(checkpoint: IteratorCheckpoint, data: Data) -> None:
+    uri: str = checkpoint.save_to_directory(data, 5, 1, overwrite=True, metadata={"loss": 0.5})
+    restored: Data = checkpoint.restore_latest(checkpoint.restore(data, step=5))
+    latest: int | None = checkpoint.get_latest_step()
+    steps: dict[int, str] = checkpoint.list_checkpoints()
+    exists: bool = checkpoint.has_checkpoint()
+    checkpoint.wait_until_finished()
+    print(uri, restored, latest, steps, exists, StateDictIterator(data).get_state())
+
+
+def iterators_made_by_hand(data: Data) -> None:
+    iterators(IteratorCheckpoint("s3://bucket/steps", storage_options={"key": "k", "secret": "s"}), data)
+    with StateHandler(async_checkpointing=True, memory_budget=1 << 20) as handler:
+        iterators(IteratorCheckpoint(Path("steps"), handler), data)
+    saved: str | None = PipelineCheckpoint("steps", async_checkpointing=True).save_to_step(data, 5, interval=5, keep=2)
+    print(saved)
