@@ -88,7 +88,7 @@ def test_an_error_comes_in_its_place_and_ends_the_work(failing: int) -> None:
         return number
 
     with pytest.raises(KeyError):
-        list(in_order(work, ((1, number) for number in range(20)), threads=3, memory=100))
+        list(in_order(work, ((LITTLE, number) for number in range(20)), threads=3, memory=100 * LITTLE))
     assert not named()
     with pytest.raises(KeyError):
         list(ahead(map(work, range(20)), count=3))

@@ -101,6 +101,12 @@ def test_plain_states_are_plain_json() -> None:
     assert "é".encode() in content(file)
 
 
+def test_short_byte_strings_stand_in_the_json_and_long_ones_beside_it() -> None:
+    files = encode({"short": bytes(INLINE_SIZE), "long": bytes(INLINE_SIZE + 1)}, "state", "arrays")
+    assert [file.name for file in files] == ["state.json", "arrays/0.bin"]
+    assert content(files[1]) == bytes(INLINE_SIZE + 1)
+
+
 def test_arrays_are_files_that_numpy_opens(tmp_path: Any) -> None:
     array = np.arange(12.0).reshape(3, 4).T
     _, file = encode({"weights": array}, "state", "arrays")
