@@ -14,7 +14,7 @@ from flytekit_ckpt.pipeline import LITTLE, ahead, in_order
 
 
 def named() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("flytekit_ckpt")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("flytekit_ckpt_")]
 
 
 @settings(max_examples=50, deadline=None)
