@@ -10,15 +10,17 @@ import logging
 import operator
 import os
 import re
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from flytekit_ckpt import layout, state, storage
 from flytekit_ckpt.entries import stream_entry
-from flytekit_ckpt.errors import CorruptCheckpointError
+from flytekit_ckpt.errors import CorruptCheckpointError, StorageError
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET
 
@@ -32,6 +34,7 @@ IDENTITY = ("sampler_repr", "data_source_repr", "shard_count", "worker_count")
 
 _STEP = re.compile(r"ckpt-(0|[1-9][0-9]*)")
 _UNVERSIONED = "checkpoint"
+_FILE = re.compile(r"(state|metadata)(\.json|/[0-9]+\.(npy|bin))")
 
 
 @runtime_checkable
@@ -80,7 +83,8 @@ class StateHandler:
     ----------
     async_checkpointing : bool, default False
         Whether saving is done behind the caller, in order. The state is taken at the call; what fails is raised by the
-        next call or by `wait_until_finished`. A process that ends normally finishes first.
+        next call or by `wait_until_finished`. While two states are being saved, a third one waits. A process that ends
+        normally finishes first.
     storage_options : mapping, keyword only, optional
         Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
     memory_budget : int, keyword only, default 256 MiB
@@ -140,8 +144,11 @@ class StateHandler:
             If it cannot be stored; what was there before stays.
         """
         name = _UNVERSIONED if step is None else f"ckpt-{_checked(step)}"
-        base = os.fspath(directory).rstrip("/")
-        uri = f"{base}/{name}"
+        uri = _join(_base(directory), name)
+        # Where it is now: the working directory may be another one when it is saved.
+        base = _base(directory)
+        base = os.path.abspath(base) if storage.local_path(base) == Path(base) else base
+        target_uri = _join(base, name)
         taken = target.get_state() if isinstance(target, CheckpointableIterator) else target
         copied = self._behind is not None
         files = state.encode(taken, "state", "state", copied=copied)
@@ -149,15 +156,15 @@ class StateHandler:
 
         def save() -> None:
             names = self._at(base).names()
-            path = storage.local_path(uri)
+            path = storage.local_path(target_uri)
             if (name in names and not overwrite) or (path is not None and path.is_dir()):
                 message = f"there is a checkpoint at {storage.public(uri)} already: give overwrite=True to replace it"
                 raise ValueError(message)
-            self._put(uri, files)
+            self._put(target_uri, files)
             if step is not None and keep is not None and keep > 0:
                 for old in sorted({*_steps(names), step})[:-keep]:
                     if old != step:
-                        self._at(f"{base}/ckpt-{old}").remove()
+                        self._at(_join(base, f"ckpt-{old}")).remove()
 
         if self._behind is None:
             save()
@@ -200,8 +207,8 @@ class StateHandler:
             If it cannot be read.
         """
         self.wait_until_finished()
-        base = os.fspath(directory).rstrip("/")
-        found = self._read(f"{base}/ckpt-{_checked(step)}") if step is not None else self._read_latest(base)
+        base = _base(directory)
+        found = self._read(_join(base, f"ckpt-{_checked(step)}")) if step is not None else self._read_latest(base)
         if found is None:
             wanted = "no checkpoints" if step is None else f"no checkpoint of step {step}"
             message = f"{wanted} found in {storage.public(base)}"
@@ -221,8 +228,8 @@ class StateHandler:
     def list_checkpoints(self, directory: str | os.PathLike[str]) -> dict[int, str]:
         """Return the steps, ascending, and their URIs or paths."""
         self.wait_until_finished()
-        base = os.fspath(directory).rstrip("/")
-        return {step: f"{base}/ckpt-{step}" for step in _steps(self._at(base).names())}
+        base = _base(directory)
+        return {step: _join(base, f"ckpt-{step}") for step in _steps(self._at(base).names())}
 
     def wait_until_finished(self) -> None:
         """Wait for what is being saved behind the caller, and raise what failed."""
@@ -253,7 +260,14 @@ class StateHandler:
         # Another process may remove the latest step after it was listed, once it has saved a later one.
         for _ in range(5):
             steps = _steps(self._at(base).names())
-            found = self._read(f"{base}/ckpt-{steps[-1]}" if steps else f"{base}/{_UNVERSIONED}")
+            name = f"ckpt-{steps[-1]}" if steps else _UNVERSIONED
+            try:
+                found = self._read(_join(base, name))
+            except StorageError:
+                # It may have been removed while it was being read.
+                if name in self._at(base).names() or not steps:
+                    raise
+                continue
             if found is not None or not steps:
                 return found
         return None
@@ -270,6 +284,11 @@ class StateHandler:
             files = {}
             size = 0
             for entry in found.entries:
+                if entry.info.isdir():
+                    continue
+                if not _FILE.fullmatch(entry.name) or not entry.info.isreg() or entry.info.issparse():
+                    message = f"it is not the state of an iterator, but holds {entry.name}"
+                    raise CorruptCheckpointError(message)
                 try:
                     files[entry.name] = state.read_file(entry.name, entry.chunks())
                 except CorruptCheckpointError:
@@ -283,6 +302,21 @@ class StateHandler:
                 raise CorruptCheckpointError(str(error)) from error
         layout.Event("restored", "tree", size, time.perf_counter() - started, storage.public(uri)).log()
         return content
+
+
+def _base(directory: str | os.PathLike[str]) -> str:
+    """Give a directory as text that names can be joined to."""
+    text = os.fspath(directory) or "."
+    if isinstance(directory, Path) and re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", text) and not text.startswith("file:"):
+        message = f"{text} was a URI before it became a pathlib.Path: give it as a string"
+        raise ValueError(message)
+    stripped = text.rstrip("/")
+    # The root of a disk, or of a store.
+    return text if not stripped or stripped.endswith(":") else stripped
+
+
+def _join(base: str, name: str) -> str:
+    return base + name if base.endswith("/") else f"{base}/{name}"
 
 
 def _checked(step: int) -> int:
@@ -301,25 +335,36 @@ def _steps(names: list[str]) -> list[int]:
 class _Behind:
     """Does what it is given in a thread, in order; keeps the first error for whoever asks next."""
 
+    # The states that wait are in memory: one that is being saved, and the next one.
+    LIMIT = 2
+
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "flytekit_ckpt-save")
-        self._last: concurrent.futures.Future[None] | None = None
+        self._waiting: deque[concurrent.futures.Future[None]] = deque()
         self._error: BaseException | None = None
 
     def do(self, save: Callable[[], None]) -> None:
-        self._raise()
-        self._last = self._thread.submit(self._run, save)
-        _unfinished.add(self._last)
-        self._last.add_done_callback(_unfinished.discard)
+        self._check()
+        while len(self._waiting) >= self.LIMIT:
+            self._waiting.popleft().result()
+        future = self._thread.submit(self._run, save)
+        self._waiting.append(future)
+        _unfinished.add(future)
+        future.add_done_callback(_unfinished.discard)
 
     def wait(self) -> None:
-        if self._last is not None:
-            concurrent.futures.wait([self._last])
-        self._raise()
+        if self._process == os.getpid():
+            concurrent.futures.wait(self._waiting)
+        self._check()
 
     def close(self) -> None:
-        self._thread.shutdown()
-        self._raise()
+        if self._process == os.getpid():
+            self._thread.shutdown()
+        self._check()
 
     def _run(self, save: Callable[[], None]) -> None:
         try:
@@ -329,13 +374,20 @@ class _Behind:
             logger.exception("an iterator's checkpoint was not saved")
             self._error = self._error or error
 
-    def _raise(self) -> None:
+    def _check(self) -> None:
+        """Raise what failed."""
+        if self._process != os.getpid():
+            # A fork has no threads; what they were saving, the process that it was forked from saves.
+            self._begin()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
 
 _unfinished: set[concurrent.futures.Future[None]] = set()
+
+
+os.register_at_fork(after_in_child=_unfinished.clear)
 
 
 def _finish() -> None:
@@ -558,7 +610,11 @@ class StateDictIterator:
 
     def get_state(self) -> dict[str, Any]:
         """Return the state dict."""
-        return {key: _marked(value) for key, value in self.wrapped.state_dict().items()}
+        try:
+            return {key: _marked(value) for key, value in self.wrapped.state_dict().items()}
+        except RecursionError:
+            message = f"the state of a {type(self.wrapped).__name__} is nested too deeply to be stored"
+            raise ValueError(message) from None
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Load a state dict."""
@@ -575,12 +631,13 @@ def _marked(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         # Of a named tuple, the values are kept.
         return (list if isinstance(value, list) else tuple)(map(_marked, value))
-    return {_TENSOR: value} if type(value).__module__ == "torch" else value
+    torch = sys.modules.get("torch")
+    return {_TENSOR: value} if torch is not None and isinstance(value, torch.Tensor) else value
 
 
 def _unmarked(value: Any) -> Any:
     if isinstance(value, dict):
-        if value.keys() == {_TENSOR}:
+        if value.keys() == {_TENSOR} and type(value[_TENSOR]).__name__ == "ndarray":
             import torch
 
             return torch.from_numpy(value[_TENSOR])

@@ -10,14 +10,20 @@ import base64
 import io
 import json
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk
 
 INLINE_SIZE = 1 << 10
 """Bytes that a byte string may have to stand in the JSON."""
+
+MAX_HEADER_SIZE = 1 << 20
+"""Bytes that the description of an array may have: some ten thousand fields."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,18 @@ class _Encoder:
         kind = type(value)
         if value is None or kind is bool or kind is str:
             return value
-        if kind.__module__.partition(".")[0] in {"numpy", "torch", "jax", "jaxlib"} and hasattr(value, "__array__"):
+        if _is_array(value):
             return self._encode_key(value, path) if kind.__name__ == "PRNGKeyArray" else self._encode_array(value, path)
+        # Of a subclass, the plain value: enumerations say other things of themselves.
         if isinstance(value, int):
-            value = int(value)
+            value = int.__int__(value)
             # In hexadecimal: of long decimal numbers, Python refuses to read the digits.
             return value if value.bit_length() <= 64 else {"$int": hex(value)}
         if isinstance(value, float):
-            value = float(value)
+            value = float.__float__(value)
             return value if math.isfinite(value) else {"$float": repr(value)}
         if isinstance(value, str):
-            return str(value)
+            return str.__str__(value)
         if isinstance(value, (bytes, bytearray, memoryview)):
             return self._encode_bytes(bytes(value))
         if isinstance(value, (dict, list, tuple)):
@@ -106,7 +113,7 @@ class _Encoder:
         try:
             if isinstance(value, dict):
                 return self._encode_dict(value, path)
-            items = [self.encode(item, f"{path}[{index}]") for index, item in enumerate(value)]
+            items = [self.encode(item, _inside(path, index)) for index, item in enumerate(value)]
             return {"$tuple": items} if isinstance(value, tuple) else items
         finally:
             self._around.remove(id(value))
@@ -117,10 +124,8 @@ class _Encoder:
                 message = f"{path} has the key {key!r} of type {type(key).__name__}: only strings and integers can be"
                 raise TypeError(message)
         if all(type(key) is str and not key.startswith("$") for key in value):
-            return {key: self.encode(item, f"{path}[{json.dumps(key)}]") for key, item in value.items()}
-        pairs = [
-            [self.encode(key, path), self.encode(item, f"{path}[{json.dumps(key)}]")] for key, item in value.items()
-        ]
+            return {key: self.encode(item, _inside(path, key)) for key, item in value.items()}
+        pairs = [[self.encode(key, path), self.encode(item, _inside(path, key))] for key, item in value.items()]
         return {"$dict": pairs}
 
     def _encode_bytes(self, value: bytes) -> Any:
@@ -163,6 +168,21 @@ class _Encoder:
         return name
 
 
+def _is_array(value: Any) -> bool:
+    kind = type(value)
+    root = str(kind.__module__).partition(".")[0]
+    if root in {"torch", "jax", "jaxlib"}:
+        return hasattr(value, "__array__")
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
+
+
+def _inside(path: str, key: object) -> str:
+    # Python refuses to write out what is longer.
+    shown = hex(key) if isinstance(key, int) and key.bit_length() > 64 else json.dumps(key)
+    return f"{path}[{shown}]"
+
+
 def _is_transposed(array: Any) -> bool:
     return bool(array.flags.f_contiguous and not array.flags.c_contiguous)
 
@@ -172,10 +192,14 @@ def _header(array: Any, path: str) -> bytes:
     from numpy.lib import format as npy
 
     try:
-        description = npy.dtype_to_descr(array.dtype)
+        with warnings.catch_warnings():
+            # Of what a dtype carries beside its type, which is lost.
+            warnings.simplefilter("ignore")
+            description = npy.dtype_to_descr(array.dtype)
         storable = not array.dtype.hasobject and npy.descr_to_dtype(description) == array.dtype
     except (TypeError, ValueError):
         storable = False
+    storable = storable and len(repr(description)) < MAX_HEADER_SIZE // 2
     if not storable:
         message = f"{path} is an array of dtype {array.dtype}, which cannot be stored without pickle"
         raise TypeError(message)
@@ -222,7 +246,14 @@ def read_file(name: str, chunks: Iterator[Chunk]) -> Any:
     except ImportError as error:
         message = "the state holds arrays: install NumPy"
         raise ImportError(message) from error
-    return npy.read_array(cast("BinaryIO", io.BufferedReader(_Reader(chunks))), allow_pickle=False)
+    file = cast("BinaryIO", io.BufferedReader(_Reader(chunks)))
+    try:
+        return npy.read_array(file, allow_pickle=False, max_header_size=MAX_HEADER_SIZE)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # numpy reads the description as Python's own literals, and raises what that raises
+        message = f"{name} is not an array that flytekit_ckpt stored ({type(error).__name__}: {error})"
+        raise ValueError(message) from error
 
 
 class _Reader(io.RawIOBase):
@@ -257,7 +288,9 @@ def decode(name: str, files: Mapping[str, Any]) -> Any:
     """
     try:
         return _decoded(json.loads(files[f"{name}.json"].decode("utf-8", "surrogatepass")), files)
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
         message = f"{name}.json is not a state that flytekit_ckpt stored ({type(error).__name__}: {error})"
         raise ValueError(message) from error
 
@@ -295,8 +328,11 @@ def _numpy(name: str) -> Callable[[Any], Any]:
 
 
 def _key(content: Any) -> Any:
-    import jax
-
+    try:
+        import jax
+    except ImportError as error:
+        message = "the state holds keys of JAX's random generators: install JAX"
+        raise ImportError(message) from error
     implementation, data = content
     return jax.random.wrap_key_data(data, impl=implementation)
 

@@ -221,9 +221,9 @@ def at(uri: str, settings: Settings | None = None) -> StoredObject:
     path = local_path(uri)
     if path is not None:
         return LocalObject(path, settings)
-    if uri.startswith(("s3://", "s3a://")):
-        return S3Object(uri.rstrip("/"), settings)
-    return FsspecObject(uri.rstrip("/"), settings)
+    # But for the root of a store.
+    uri = uri if uri.endswith("://") else uri.rstrip("/")
+    return S3Object(uri, settings) if uri.startswith(("s3://", "s3a://")) else FsspecObject(uri, settings)
 
 
 def overwritten(uri: str) -> CheckpointError:
@@ -296,6 +296,7 @@ class LocalObject(StoredObject):
 
     def __init__(self, path: Path, settings: Settings | None = None) -> None:
         super().__init__(str(path), settings)
+        self._name = path
         # A link at the destination is the user's way to put the file elsewhere.
         self._path = Path(os.path.realpath(path))
 
@@ -395,7 +396,8 @@ class LocalObject(StoredObject):
 
     def remove(self) -> None:
         with self._reporting("remove"):
-            self._path.unlink(missing_ok=True)
+            # Not what a link leads to.
+            self._name.unlink(missing_ok=True)
 
 
 def _copy(source: int, target: int, part: Range) -> int:
@@ -523,7 +525,9 @@ class FsspecObject(StoredObject):
                 found = self._filesystem.ls(self._key, detail=True)
             except FileNotFoundError:
                 return []
-        return [item["name"].rpartition("/")[2] for item in found if item["type"] == "file"]
+        # An object is listed as lying in itself.
+        files = (item["name"].rpartition("/") for item in found if item["type"] == "file")
+        return [name for folder, _, name in files if folder.strip("/") == self._key.strip("/")]
 
     def remove(self) -> None:
         with self._reporting("remove"), contextlib.suppress(FileNotFoundError):
