@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from flytekit_ckpt import layout, storage
 from flytekit_ckpt.archive import Unit
@@ -39,6 +39,13 @@ class Destination:
         # The units of a tree; none while the object is a payload.
         self._units: list[Unit] = []
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {**vars(self), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def save_bytes(self, content: bytes) -> None:
         """Save bytes as the entry `_dst_cp`."""

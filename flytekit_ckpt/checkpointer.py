@@ -10,7 +10,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from flytekit_ckpt import adapter, layout, storage
 from flytekit_ckpt.options import StorageOptions
@@ -88,6 +88,13 @@ class SyncCheckpoint(Checkpoint):
         self._restored_names: list[str] = []
         self._was_read = False
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In another process it restores anew, and goes on with what has been saved.
+        return {**vars(self), "_restored": None, "_restored_names": [], "_was_read": False, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     def prev_exists(self) -> bool:
         """Tell whether a source was given; whether a checkpoint is there, only `read` or `restore` can tell."""

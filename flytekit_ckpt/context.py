@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 import types
@@ -30,7 +32,8 @@ class Context:
         CheckpointUnavailableError
             Outside a task; programs written for flytekit catch it as `NotImplementedError`.
         """
-        found = _of_this_package() or _of_flytekit()
+        # The innermost: the local runner's task may run tasks of its own.
+        found = _of_flyte() or _of_flytekit() or _of_runner()
         if found is None:
             raise _unavailable()
         return found
@@ -77,6 +80,9 @@ class _Attempt:
 # For whoever asks first, and for taking names over: every thread must see the same.
 _lock = threading.RLock()
 
+# A fork must not come with the lock of a thread that it does not have.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
 # Both Flytes make one checkpoint of their own for every attempt, which tells the attempts of a process apart.
 _attempts: weakref.WeakKeyDictionary[Any, _Attempt] = weakref.WeakKeyDictionary()
 
@@ -96,15 +102,17 @@ def _attempt(theirs: Any, destination: str, source: str | None) -> _Attempt:
     return _attempts[theirs]
 
 
-def _of_this_package() -> SyncCheckpoint | None:
-    """The legacy face of the local runner's attempt, or of Flyte 2's."""
-    # Not by an import statement, here and below: it waits for threads that are importing the package, and `_patch` has
-    # those wait for this lock.
+def _of_runner() -> SyncCheckpoint | None:
+    with _lock:
+        return _runners[-1].legacy if _runners else None
+
+
+def _of_flyte() -> SyncCheckpoint | None:
+    # Not by an import statement: that waits for threads that are importing the package, and `_patch` has those wait for
+    # this lock.
     flyte: Any = sys.modules.get("flyte")
     with _lock:
-        if _runners:
-            return _runners[-1].legacy
-        attempt = _flyte_attempt(flyte.ctx()) if hasattr(flyte, "ctx") else None
+        attempt = _flyte_attempt(flyte.ctx()) if isinstance(flyte, types.ModuleType) and hasattr(flyte, "ctx") else None
         return attempt.legacy if attempt is not None else None
 
 
@@ -164,12 +172,18 @@ def install() -> None:
             # Waits for a thread that is in the midst of importing it.
             importlib.import_module(name)
     with _lock:
-        if _installed:
-            return
-        _installed.append(True)
-        for name in _PATCHES:
-            # Now, or when it is imported.
-            wrapt.register_post_import_hook(_patch, name)
+        _installed[:] = [True]
+        try:
+            for name in _PATCHES:
+                if sys.modules.get(name) is not None:
+                    _patch(name, sys.modules[name])
+                elif name not in _awaited:
+                    _awaited.add(name)
+                    wrapt.register_post_import_hook(functools.partial(_patch, name), name)
+        except BaseException:
+            # Not half of it.
+            uninstall()
+            raise
 
 
 def uninstall() -> None:
@@ -185,8 +199,8 @@ def uninstall() -> None:
             if vars(owner).get(name) is change.ours:
                 setattr(owner, name, change.theirs)
         _changes.clear()
-        for module in _modules():
-            if module.__name__.partition(".")[0] in {"flytekit", "flyte"}:
+        for module_name, module in _modules():
+            if _is_theirs(module_name):
                 for name, original in _held(module, theirs):
                     setattr(module, name, original)
 
@@ -198,6 +212,9 @@ class _Change(NamedTuple):
 
 _installed: list[bool] = []
 
+# Modules whose import will be told of.
+_awaited: set[str] = set()
+
 # By the owner, a module or a class, and the name.
 _changes: dict[tuple[Any, str], _Change] = {}
 
@@ -205,10 +222,11 @@ _changes: dict[tuple[Any, str], _Change] = {}
 def _change(owner: Any, name: str, ours: Any) -> None:
     # Releases differ in what they have.
     theirs = vars(owner).get(name, ours)
-    # Hooks of an earlier `install` may come once more.
     if theirs is not ours and (owner, name) not in _changes:
-        _changes[owner, name] = _Change(theirs, ours)
-        setattr(owner, name, ours)
+        # Some modules do not let themselves be changed.
+        with contextlib.suppress(AttributeError, TypeError):
+            setattr(owner, name, ours)
+            _changes[owner, name] = _Change(theirs, ours)
 
 
 def _original(kind: type, name: str) -> Any:
@@ -219,10 +237,11 @@ def _original(kind: type, name: str) -> Any:
     return getattr(kind, name, None)
 
 
-def _patch(module: types.ModuleType) -> None:
+def _patch(name: str, module: object) -> None:
     with _lock:
-        if _installed:
-            _PATCHES[module.__name__](module)
+        # Tests put all kinds of things in the place of modules.
+        if _installed and isinstance(module, types.ModuleType):
+            _PATCHES[name](module)
 
 
 def _patch_flytekit_names(checkpointer: types.ModuleType) -> None:
@@ -264,7 +283,8 @@ _PATCHES: dict[str, Callable[[types.ModuleType], None]] = {
 
 def _flytekit_checkpoint(parameters: Any) -> Checkpoint:
     """The attempt's checkpoint, in place of `flytekit.ExecutionParameters.checkpoint`."""
-    found = _of_this_package() if parameters._checkpoint is None else _taken_over(parameters._checkpoint)
+    own = parameters._checkpoint
+    found = _taken_over(own) if own is not None else _of_flyte() or _of_runner()
     if found is None:
         raise _unavailable()
     return found
@@ -300,19 +320,38 @@ def _flyte_worker(*arguments: Any) -> Any:
 def _take_over(ours: dict[Any, Any], but: str = "") -> None:
     """Replace objects in every module that holds them, by whatever name."""
     replacements = {id(theirs): replacement for theirs, replacement in ours.items()}
-    for module in _modules():
-        if module.__name__ != but:
-            for name, replacement in _held(module, replacements):
+    for module_name, module in _modules():
+        if module_name == but:
+            continue
+        held = _held(module, replacements)
+        # A user's classes that extend theirs go on calling their base by its name.
+        if held and (_is_theirs(module_name) or not _extends(module, set(ours))):
+            for name, replacement in held:
                 _change(module, name, replacement)
 
 
-def _modules() -> list[types.ModuleType]:
-    return [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+def _is_theirs(module_name: str) -> bool:
+    return module_name.partition(".")[0] in {"flytekit", "flyte"}
+
+
+def _extends(module: types.ModuleType, originals: set[Any]) -> bool:
+    classes = [value for value in _names(module).values() if isinstance(value, type)]
+    return any(originals.intersection(kind.__mro__[1:]) for kind in classes if kind not in originals)
+
+
+def _modules() -> list[tuple[str, types.ModuleType]]:
+    return [(name, module) for name, module in list(sys.modules.items()) if isinstance(module, types.ModuleType)]
+
+
+def _names(module: types.ModuleType) -> dict[str, Any]:
+    # Asking the module itself would load it, if it is one that loads when it is used.
+    found: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return dict(found)
 
 
 def _held(module: types.ModuleType, replacements: dict[int, Any]) -> list[tuple[str, Any]]:
     """Give the names that stand for objects with these identities, and what replaces them."""
-    return [(name, replacements[id(value)]) for name, value in list(vars(module).items()) if id(value) in replacements]
+    return [(name, replacements[id(value)]) for name, value in _names(module).items() if id(value) in replacements]
 
 
 def __getattr__(name: str) -> object:

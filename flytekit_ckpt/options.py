@@ -15,7 +15,7 @@ _S3 = ("s3", "s3a")
 _AZURE = ("abfs", "abfss")
 
 # Whoever gives one of these has chosen a way to log in, which nothing of another is mixed into.
-_S3_LOGINS = ("key", "secret", "token", "anon", "profile", "session")
+_S3_LOGINS = ("key", "secret", "token", "anon", "profile", "session", "username", "password")
 _AZURE_LOGINS = ("account_key", "client_secret", "connection_string", "credential", "sas_token", "anon")
 _AZURE_NAMES = ("account_key", "tenant_id", "client_id", "client_secret")
 
@@ -93,15 +93,16 @@ def _flytekit(kind: str) -> Iterator[_Configured]:
 
 
 def _fill_s3(options: dict[str, Any], configured: _Configured) -> None:
-    client = options.get("client_kwargs", {})
+    client = options.get("client_kwargs") or {}
     endpoint, key, secret = (configured[name] for name in ("endpoint", "access_key_id", "secret_access_key"))
     if endpoint and "endpoint_url" not in options and "endpoint_url" not in client:
         options["endpoint_url"] = endpoint
-    if key and secret and options.keys().isdisjoint(_S3_LOGINS):
-        options.update(key=key, secret=secret)
+    if key and secret and options.keys().isdisjoint(_S3_LOGINS) and not any(name.startswith("aws_") for name in client):
+        # Nor is a login of fsspec's configuration mixed in.
+        options.update(key=key, secret=secret, token=None, anon=False)
     if configured["region"] and "region_name" not in client:
         options["client_kwargs"] = {**client, "region_name": configured["region"]}
-    config = options.get("config_kwargs", {})
+    config = options.get("config_kwargs") or {}
     if configured["addressing_style"] and "s3" not in config:
         options["config_kwargs"] = {**config, "s3": {"addressing_style": configured["addressing_style"]}}
 

@@ -12,6 +12,7 @@ import importlib
 import io
 import itertools
 import os
+import re
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
@@ -207,8 +208,10 @@ class StoredObject(ABC):
             text = str(error).replace(self.uri, public(self.uri))
             for option in ("key", "secret", "token", "password", "account_key", "client_secret", "sas_token"):
                 value = self._options.get(option)
-                if isinstance(value, str) and value:
+                if isinstance(value, str) and len(value) > 3:
                     text = text.replace(value, "***")
+            # The user and the password of an endpoint.
+            text = re.sub(r"[^\s/@:'\"]+:[^\s/@'\"]+@", "***@", text)
             # S3 servers do not all put their error codes into words.
             cause = f"{_s3_code(error) or type(error).__name__} ({text})"
             message = f"cannot {operation} {public(self.uri)}: {cause}. {_advice(error)}"

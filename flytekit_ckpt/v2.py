@@ -88,6 +88,13 @@ class Checkpoint(BaseCheckpoint):
         self._loaded: Path | None = None
         self._lock = threading.RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # In another process it loads anew.
+        return {**vars(self), "_workspace": None, "_loaded": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
+
     @property
     def remote_destination(self) -> str:
         """URI that `save` writes to."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import array
 import asyncio
+import copy
 import filecmp
 import io
 import os
+import pickle
 import random
 import shutil
 import tarfile
@@ -466,3 +468,32 @@ def test_memory_stays_within_the_budget(place: Place, tmp_path: Path) -> None:
         assert peak < budget + (0 if place.is_local else 5 * storage.PART_SIZE)
         assert filecmp.cmp(source / "big", target / "big", shallow=False)
         shutil.rmtree(target)
+
+
+# In another process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [SyncCheckpoint, v2.Checkpoint])
+def test_a_checkpoint_may_be_sent_to_another_process(place: Place, tmp_path: Path, kind: type) -> None:
+    (tmp_path / "model").write_text("weights")
+    (tmp_path / "optimizer").write_text("moments")
+    source, destination = place.uri(), place.uri()
+    SyncCheckpoint(source).save(tmp_path / "model")
+    first = kind(destination, source, storage_options=place.options)
+    load = "restore" if kind is SyncCheckpoint else "load_sync"
+    save = "save" if kind is SyncCheckpoint else "save_sync"
+    first_folder = getattr(first, load)()
+    getattr(first, save)(tmp_path / "model")
+
+    sent = pickle.loads(pickle.dumps(first))
+    folder = getattr(sent, load)()
+    assert folder != first_folder
+    assert (folder / "model").read_text() == "weights"
+    getattr(sent, save)(tmp_path / "optimizer")
+    if kind is SyncCheckpoint:
+        # What was saved before is carried over there too; here, where that is not known, nothing is lost in silence.
+        again = SyncCheckpoint("unused", destination)
+        assert sorted(item.name for item in again.restore().iterdir()) == ["model", "optimizer"]  # type: ignore[union-attr]
+        with pytest.raises(CheckpointError, match="another writer"):
+            first.save(tmp_path / "optimizer")
+    assert copy.deepcopy(first).prev_exists()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,6 +192,94 @@ def test_from_many_threads_while_others_import(tmp_path: Path) -> None:
         assert printed(tmp_path, code, "flytekit", "flyte") == "[] True"
 
 
+def test_modules_that_load_when_they_are_used_are_not_loaded(tmp_path: Path) -> None:
+    pytest.importorskip("flyte")
+    (tmp_path / "broken.py").write_text("import not_there_at_all")
+    code = """
+    import importlib.util
+    spec = importlib.util.find_spec("broken")
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    sys.modules["broken"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["broken"])
+    import flytekit_ckpt.auto, flyte
+    from flytekit_ckpt import v2
+    print(flyte.Checkpoint is v2.Checkpoint)
+    flytekit_ckpt.uninstall()
+    flytekit_ckpt.install()
+    print(flyte.Checkpoint is v2.Checkpoint)
+    """
+    assert printed(tmp_path, code) == "True\nTrue"
+
+
+@pytest.mark.parametrize("package", ["flytekit", "flyte"])
+def test_what_stands_in_for_a_module_is_left_alone(tmp_path: Path, package: str) -> None:
+    pytest.importorskip("flyte")
+    code = f"""
+    from unittest.mock import MagicMock
+    sys.modules["{package}"] = sys.modules["{package}.core.checkpointer"] = MagicMock()
+    import types
+    nameless = sys.modules["nameless"] = types.ModuleType("nameless")
+    del nameless.__name__
+    import flytekit_ckpt
+    flytekit_ckpt.install()
+    flytekit_ckpt.uninstall()
+    print("done")
+    """
+    assert printed(tmp_path, code) == "done"
+
+
+def test_a_module_that_cannot_be_changed_is_left_alone(tmp_path: Path) -> None:
+    pytest.importorskip("flyte")
+    code = """
+    import types, flyte
+    class ReadOnly(types.ModuleType):
+        def __setattr__(self, name, value):
+            raise AttributeError("read-only")
+    module = sys.modules["read_only"] = ReadOnly("read_only")
+    theirs = [flyte.Checkpoint]
+    module.__dict__["Checkpoint"] = flyte.Checkpoint
+    import flytekit_ckpt.auto
+    from flytekit_ckpt import v2
+    print(flyte.Checkpoint is v2.Checkpoint, module.Checkpoint is theirs[0])
+    flytekit_ckpt.uninstall()
+    print(flyte.Checkpoint is theirs[0], module.Checkpoint is theirs[0])
+    """
+    assert printed(tmp_path, code) == "True True\nTrue True"
+
+
+def test_a_users_class_that_extends_theirs_goes_on_working(tmp_path: Path) -> None:
+    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    (tmp_path / "extending.py").write_text(
+        "from flytekit.core.checkpointer import SyncCheckpoint\n"
+        "class Mine(SyncCheckpoint):\n"
+        "    def __init__(self, destination, source=None):\n"
+        "        SyncCheckpoint.__init__(self, destination, source)\n"
+    )
+    code = """
+    import extending
+    import flytekit_ckpt.auto
+    extending.Mine("one").write(b"5")
+    mine = extending.Mine("two", "one")
+    print(mine.read(), isinstance(mine, extending.SyncCheckpoint))
+    """
+    assert printed(tmp_path, code) == "b'5' True"
+
+
+def test_installing_again_takes_over_what_was_imported_anew(tmp_path: Path) -> None:
+    pytest.importorskip("flyte")
+    code = """
+    import flytekit_ckpt.auto, flyte
+    from flytekit_ckpt import v2
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flyte"]:
+        del sys.modules[name]
+    import flyte
+    print(flyte.Checkpoint is v2.Checkpoint)
+    flytekit_ckpt.install()
+    print(flyte.Checkpoint is v2.Checkpoint)
+    """
+    assert printed(tmp_path, code) == "False\nTrue"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The attempts of one process
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +443,67 @@ def test_tasks_of_a_reused_process_do_not_see_each_others_checkpoints(tmp_path: 
     assert len(set(instances)) == 10 * 3 * 2
 
 
+@pytest.mark.usefixtures("installed")
+def test_a_fork_asks_for_the_checkpoint_while_threads_do(tmp_path: Path) -> None:
+    import contextvars
+
+    import flyte
+
+    def work() -> int:
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                flyte.ctx().checkpoint  # noqa: B018
+
+        threads = [threading.Thread(target=contextvars.copy_context().run, args=(ask,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        hung = 0
+        try:
+            for _ in range(5):
+                child = os.fork()
+                if not child:
+                    os._exit(0 if flyte.ctx().checkpoint is not None else 1)
+                deadline = time.monotonic() + 20
+                while os.waitpid(child, os.WNOHANG) == (0, 0):
+                    if time.monotonic() > deadline:
+                        os.kill(child, signal.SIGKILL)
+                        os.waitpid(child, 0)
+                        hung += 1
+                        break
+                    time.sleep(0.01)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        return hung
+
+    assert run_locally(work, tmp_path) == 0
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_innermost_task_is_the_one_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flyte
+
+    outer = str(tmp_path / "outer")
+    monkeypatch.setattr(context, "_runners", [context._Attempt(outer, None)])
+
+    def work() -> bool:
+        return flytekit_ckpt.current_checkpoint()._checkpoint_dest == flyte.ctx().checkpoint.remote_destination  # type: ignore[attr-defined]
+
+    assert run_locally(work, tmp_path) is True
+    assert flytekit_ckpt.current_checkpoint()._checkpoint_dest == outer  # type: ignore[attr-defined]
+    flytekit = pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+
+    @flytekit.task
+    def nested() -> str:
+        assert flytekit.current_context().checkpoint is flytekit_ckpt.current_checkpoint()
+        return flytekit_ckpt.current_checkpoint()._checkpoint_dest  # type: ignore[attr-defined]
+
+    assert nested() != outer
+
+
 def test_an_attempt_that_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
     import gc
 
@@ -368,7 +520,11 @@ def test_an_attempt_that_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
         run_locally(work, tmp_path)
     finally:
         flytekit_ckpt.uninstall()
-    gc.collect()
+    # The threads that ran it may still be at their ends.
+    deadline = time.monotonic() + 30
+    while len(context._attempts) > before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
     assert len(context._attempts) <= before
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -177,6 +179,46 @@ def test_saving_every_so_many_steps(place: Place) -> None:
     assert checkpoint.restore_latest(Data()).at == 16
 
 
+def test_the_root_of_a_store_is_a_base_directory() -> None:
+    checkpoint = IteratorCheckpoint("memory://")
+    step = uuid.uuid4().int % 10**9
+    assert checkpoint.save_to_directory(advanced(3), step=step, keep=0) == f"memory://ckpt-{step}"
+    assert checkpoint.list_checkpoints()[step] == f"memory://ckpt-{step}"
+    assert checkpoint.restore(Data(), step=step).at == 3
+    for root in ("/", "file:///"):
+        assert IteratorCheckpoint(root).list_checkpoints() == {}
+
+
+def test_the_working_directory_is_a_base_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    handler = StateHandler()
+    handler.save_to_directory("", {"x": 1}, step=3)
+    assert (tmp_path / "ckpt-3").is_file()
+    assert handler.list_checkpoints("") == {3: "./ckpt-3"}
+
+
+def test_a_uri_that_became_a_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="give it as a string"):
+        IteratorCheckpoint(Path("s3://bucket/run")).save_to_directory(advanced(3), step=3)
+
+
+def test_a_step_is_no_base_directory_of_itself(place: Place) -> None:
+    uri = IteratorCheckpoint(place.uri()).save_to_directory(advanced(3), step=3)
+    if not place.is_local:
+        assert IteratorCheckpoint(uri).list_checkpoints() == {}
+
+
+def test_a_link_that_is_pruned_leaves_what_it_leads_to(tmp_path: Path) -> None:
+    IteratorCheckpoint(tmp_path / "archive").save_to_directory(advanced(1), step=1)
+    checkpoint = IteratorCheckpoint(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ckpt-1").symlink_to(tmp_path / "archive" / "ckpt-1")
+    assert checkpoint.restore_latest(Data()).at == 1
+    checkpoint.save_to_directory(advanced(2), step=2, keep=1)
+    assert list(checkpoint.list_checkpoints()) == [2]
+    assert IteratorCheckpoint(tmp_path / "archive").restore_latest(Data()).at == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,6 +299,19 @@ def test_a_damaged_or_foreign_step_is_refused_and_the_iterator_stays(place: Plac
     with pytest.raises(ValueError, match=r"ckpt-3"):
         checkpoint.restore(data, step=3)
     assert (data.at, data.order.tolist()) == (5, Data(seed=1).order.tolist())
+
+
+def test_a_sparse_file_takes_no_memory(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("state/0.bin")
+    header.type = tarfile.GNUTYPE_SPARSE
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    # The size that it would have.
+    block[483:495] = b"%011o\0" % (1 << 33)
+    block[148:156] = b"%06o\0 " % sum(block[:148] + b" " * 8 + block[156:512])
+    with gzip.open(tmp_path / "ckpt-3", "wb") as file:
+        file.write(bytes(block) + bytes(10240))
+    with pytest.raises(CorruptCheckpointError, match="ckpt-3"):
+        IteratorCheckpoint(tmp_path).restore(Data())
 
 
 def test_a_folder_in_the_place_of_a_step_is_left_alone(tmp_path: Path) -> None:
@@ -391,7 +446,7 @@ def test_ten_thousand_steps_are_listed_in_one_pass(s3: Place) -> None:
     filesystem = s3fs.S3FileSystem(**s3.options)
     filesystem.pipe({f"{base}/ckpt-{step}": b"" for step in range(count)}, batch_size=64)
     filesystem.pipe({f"{base}/ckpt-{step}/inner": b"" for step in range(50)}, batch_size=64)
-    checkpoint = IteratorCheckpoint(base)
+    checkpoint = IteratorCheckpoint(base, storage_options=s3.options)
     own = storage.at(base, s3.settings)._filesystem  # type: ignore[attr-defined]
     requests: list[str] = []
     own.s3.meta.events.register("before-call.s3", lambda model, **_: requests.append(model.name))
@@ -423,6 +478,21 @@ def test_a_reader_always_finds_a_whole_step_while_another_process_saves_and_prun
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_step_that_is_pruned_while_it_is_being_read_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = f"memory://{uuid.uuid4().hex}"
+    checkpoint = IteratorCheckpoint(base)
+    checkpoint.save_to_directory(advanced(1), step=1)
+    fetched = storage.FsspecObject._chunks
+
+    def pruned(self: Any, part: Any) -> Any:
+        monkeypatch.undo()
+        checkpoint.save_to_directory(advanced(2), step=2, keep=1)
+        return fetched(self, part)
+
+    monkeypatch.setattr(storage.FsspecObject, "_chunks", pruned)
+    assert IteratorCheckpoint(base).restore(Data()).at == 2
 
 
 def test_a_killed_saver_never_leaves_a_torn_step(tmp_path: Path) -> None:
@@ -565,6 +635,70 @@ def test_a_process_that_ends_normally_finishes_first(place: Place, ending: str, 
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), base], env=environment, check=False, timeout=60)
     assert IteratorCheckpoint(base).get_latest_step() == 4
     assert StateHandler().restore(base)["at"] == 4
+
+
+def test_only_two_states_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = IteratorCheckpoint(tmp_path, async_checkpointing=True)
+    hold = threading.Event()
+    put = storage.LocalObject._put
+    monkeypatch.setattr(storage.LocalObject, "_put", lambda *arguments: (hold.wait(30), put(*arguments))[1])
+    taken: list[int] = []
+
+    def save() -> None:
+        for step in range(4):
+            checkpoint.save_to_directory(advanced(1), step=step, keep=0)
+            taken.append(step)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    thread.join(0.5)
+    assert taken == [0, 1]
+    hold.set()
+    thread.join()
+    assert list(checkpoint.list_checkpoints()) == [0, 1, 2, 3]
+
+
+def test_a_relative_folder_is_where_it_was_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    checkpoint = IteratorCheckpoint("steps", async_checkpointing=True)
+    for step in (1, 2):
+        assert checkpoint.save_to_directory(advanced(1), step=step, keep=0) == f"steps/ckpt-{step}"
+    os.chdir(tmp_path / "elsewhere")
+    checkpoint.wait_until_finished()
+    assert sorted(item.name for item in (tmp_path / "steps").iterdir()) == ["ckpt-1", "ckpt-2"]
+
+
+@pytest.mark.parametrize("used_before", [True, False])
+def test_a_fork_neither_waits_for_what_its_parent_saves_nor_loses_what_it_saves_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used_before: bool
+) -> None:
+    checkpoint = IteratorCheckpoint(tmp_path, async_checkpointing=True)
+    hold = threading.Event()
+    put = storage.LocalObject._put
+    if used_before:
+        checkpoint.save_to_directory(advanced(1), step=1, keep=0)
+        checkpoint.wait_until_finished()
+        monkeypatch.setattr(storage.LocalObject, "_put", lambda *arguments: (hold.wait(60), put(*arguments))[1])
+        checkpoint.save_to_directory(advanced(2), step=2, keep=0)
+    process = os.getpid()
+
+    def work() -> None:
+        assert os.getpid() != process
+        storage.LocalObject._put = put  # type: ignore[method-assign]
+        checkpoint.save_to_directory(advanced(3), step=3, keep=0)
+        checkpoint.wait_until_finished()
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(30)
+    alive = child.is_alive()
+    child.kill()
+    hold.set()
+    assert not alive
+    assert child.exitcode == 0
+    assert checkpoint.restore(Data(), step=3).at == 3
+    assert list(checkpoint.list_checkpoints()) == ([1, 2, 3] if used_before else [3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

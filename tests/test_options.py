@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flytekit_ckpt import SyncCheckpoint
+from flytekit_ckpt import StorageError, SyncCheckpoint
 from flytekit_ckpt.options import resolved
 from tests.conftest import Place
 from tests.platforms import EXAMPLES, Flyte1
@@ -21,6 +21,9 @@ VARIABLES = {
     "FLYTE_AWS_SECRET_ACCESS_KEY": "secret of the variable",
     "FLYTE_AWS_S3_ADDRESSING_STYLE": "virtual",
 }
+
+# What fsspec's configuration may say is not mixed into a login.
+NOTHING_ELSE = {"token": None, "anon": False}
 
 FLYTEKIT_FILE = """
 storage:
@@ -60,13 +63,14 @@ print(json.dumps(resolved({protocol!r}, {given!r})))
 
 
 def test_flytes_variables_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolved("s3", {}).keys() <= {"endpoint_url", "key", "secret", "config_kwargs"}
+    assert resolved("s3", {}).keys() <= {"endpoint_url", "key", "secret", "token", "anon", "config_kwargs"}
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     assert resolved("s3", {}) == {
         "endpoint_url": "http://variable",
         "key": "variable",
         "secret": "secret of the variable",
+        **NOTHING_ELSE,
         "config_kwargs": {"s3": {"addressing_style": "virtual"}},
     }
     assert resolved("gs", {}) == {}
@@ -78,6 +82,8 @@ def test_flytes_variables_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         {"endpoint_url": "http://given", "key": "given", "secret": "given", "config_kwargs": {"s3": {}}},
         {"client_kwargs": {"endpoint_url": "http://given"}, "anon": True, "config_kwargs": {"s3": {}}},
         {"endpoint_url": "http://given", "profile": "given", "config_kwargs": {"s3": {}}},
+        {"endpoint_url": "http://given", "username": "given", "password": "given", "config_kwargs": {"s3": {}}},
+        {"client_kwargs": {"endpoint_url": "http://given", "aws_access_key_id": "given"}, "config_kwargs": {"s3": {}}},
     ],
 )
 def test_what_is_given_stays_and_no_login_is_mixed_into_another(
@@ -96,9 +102,27 @@ def test_what_is_given_is_completed_and_not_changed(monkeypatch: pytest.MonkeyPa
         "endpoint_url": "http://given",
         "key": "variable",
         "secret": "secret of the variable",
+        **NOTHING_ELSE,
         "config_kwargs": {"connect_timeout": 5, "s3": {"addressing_style": "virtual"}},
     }
     assert given == {"endpoint_url": "http://given", "config_kwargs": {"connect_timeout": 5}}
+
+
+def test_options_that_are_none_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLYTE_AWS_ENDPOINT", "http://variable")
+    found = resolved("s3", {"client_kwargs": None, "config_kwargs": None})
+    assert found["endpoint_url"] == "http://variable"
+
+
+def test_no_login_appears_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLYTE_AWS_ENDPOINT", "somebody:PASSWORD@nowhere")
+    monkeypatch.setenv("FLYTE_AWS_ACCESS_KEY_ID", "IDENTITY")
+    monkeypatch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", "SECRET")
+    with pytest.raises(StorageError) as error:
+        SyncCheckpoint("s3://bucket/key").write(b"x")
+    assert "s3://bucket/key" in str(error.value)
+    for word in ("PASSWORD", "IDENTITY", "SECRET"):
+        assert word not in str(error.value)
 
 
 def test_flyte_init_goes_before_the_variables(tmp_path: Path) -> None:
@@ -108,6 +132,7 @@ def test_flyte_init_goes_before_the_variables(tmp_path: Path) -> None:
         "endpoint_url": "http://flyte",
         "key": "flyte",
         "secret": "secret of flyte",
+        **NOTHING_ELSE,
         "client_kwargs": {"verify": False, "region_name": "eu-central-1"},
         "config_kwargs": {"s3": {"addressing_style": "path"}},
     }
@@ -141,6 +166,7 @@ def test_flytekits_configuration_comes_last(tmp_path: Path) -> None:
         "endpoint_url": "http://file",
         "key": "file",
         "secret": "secret of the file",
+        **NOTHING_ELSE,
         "config_kwargs": {"s3": {"addressing_style": "path"}},
     }
     code = f"import flytekit\nos.environ.update({VARIABLES!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import enum
 import json
@@ -143,6 +144,15 @@ class Colour(enum.IntEnum):
     RED = 3
 
 
+class Mode(str, enum.Enum):
+    TRAIN = "train"
+
+
+class Odd(int):
+    def __int__(self) -> int:
+        return 99
+
+
 Point = collections.namedtuple("Point", "x y")
 
 
@@ -152,14 +162,23 @@ def test_of_subclasses_what_they_share_with_the_plain_type_is_kept() -> None:
         "counter": collections.Counter("aab"),
         "named": Point(1, 2),
         "enum": Colour.RED,
+        "mode": {Mode.TRAIN: Mode.TRAIN},
+        "odd": Odd(3),
         "bytearray": bytearray(b"x"),
         "view": memoryview(b"y"),
         "record": np.zeros(2, [("a", "<i4")]).view(np.recarray),
     }
     found = back(encode(state, "state", "arrays"))
     plain = {key: value for key, value in found.items() if key != "record"}
-    expected = {"ordered": {"a": 1}, "counter": {"a": 2, "b": 1}, "named": (1, 2), "enum": 3}
-    assert same(plain, {**expected, "bytearray": b"x", "view": b"y"})
+    expected = {"ordered": {"a": 1}, "counter": {"a": 2, "b": 1}, "named": (1, 2), "enum": 3, "odd": 3}
+    assert plain == {**expected, "mode": {"train": "train"}, "bytearray": b"x", "view": b"y"}
+    assert {key: type(value) for key, value in plain.items()} == {
+        **dict.fromkeys(("ordered", "counter", "mode"), dict),
+        **dict.fromkeys(("enum", "odd"), int),
+        **dict.fromkeys(("bytearray", "view"), bytes),
+        "named": tuple,
+    }
+    assert type(next(iter(found["mode"]))) is str
     assert found["record"].tolist() == state["record"].tolist()
 
 
@@ -254,3 +273,37 @@ def test_tensors_come_back_as_arrays() -> None:
     assert same(found["zero"], np.array(5))
     with pytest.raises(TypeError, match=r'state\["half"\] has no form in NumPy'):
         encode({"half": tensor.bfloat16()}, "state", "arrays")
+
+
+def test_an_array_of_very_many_fields_comes_back_or_is_refused() -> None:
+    wide = np.zeros(2, [(f"field_{number}", "<f8") for number in range(600)])
+    assert same(back(encode({"wide": wide, "one": wide[0]}, "state", "arrays")), {"wide": wide, "one": wide[0]})
+    too_wide = np.zeros(1, [(f"field_{number}", "<f8") for number in range(40_000)])
+    with pytest.raises(TypeError, match=r'state\["too wide"\]'):
+        encode({"too wide": too_wide}, "state", "arrays")
+
+
+def test_a_key_may_be_longer_than_python_writes_out() -> None:
+    assert back(encode({"a": {10**5000: [1]}}, "state", "arrays")) == {"a": {10**5000: [1]}}
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "{",
+        "{'descr': (), 'fortran_order': False, 'shape': (1,)}",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (10**22,)}",
+        "{1: 2, 'a': 3}",
+        "{'descr': 'f8,,', 'fortran_order': False, 'shape': (1,)}",
+        "-" * 5000 + "1",
+    ],
+    ids=range(6),
+)
+def test_a_damaged_description_of_an_array_is_a_value_error(description: str) -> None:
+    text = description.encode() + b"\n"
+    content = b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text + bytes(8)
+    with pytest.raises(ValueError, match=r"state/0\.npy is not an array"):
+        read_file("state/0.npy", iter([content]))
+    scalar = json.dumps({"$scalar": base64.b64encode(content).decode()}).encode()
+    with pytest.raises(ValueError, match="is not a state"):
+        decode("state", {"state.json": scalar})
