@@ -344,9 +344,12 @@ def _modules() -> list[tuple[str, types.ModuleType]]:
 
 
 def _names(module: types.ModuleType) -> dict[str, Any]:
-    # Asking the module itself would load it, if it is one that loads when it is used.
-    found: dict[str, Any] = object.__getattribute__(module, "__dict__")
-    return dict(found)
+    try:
+        # Asking the module itself would load it, if it is one that loads when it is used.
+        return dict(object.__getattribute__(module, "__dict__"))
+    except AttributeError:
+        # Some only say that they are modules.
+        return {}
 
 
 def _held(module: types.ModuleType, replacements: dict[int, Any]) -> list[tuple[str, Any]]:

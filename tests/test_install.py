@@ -220,6 +220,10 @@ def test_what_stands_in_for_a_module_is_left_alone(tmp_path: Path, package: str)
     import types
     nameless = sys.modules["nameless"] = types.ModuleType("nameless")
     del nameless.__name__
+    class Pretending:
+        __slots__ = ()
+        __class__ = property(lambda self: types.ModuleType)
+    sys.modules["pretending"] = Pretending()
     import flytekit_ckpt
     flytekit_ckpt.install()
     flytekit_ckpt.uninstall()
