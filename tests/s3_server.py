@@ -159,7 +159,8 @@ def _ceph(folder: Path, capacity: str) -> Iterator[S3Server]:
         ceph.run("ceph-mon", "--id=a", "--mkfs", "--monmap", monitor_map)
         ceph.start("ceph-mon", "--id=a", "-f")
         ceph.wait_for_port("ceph-mon", monitor_port)
-        ceph.run("ceph", "osd", "new", osd)
+        # It listens a moment before it can answer.
+        ceph.run("ceph", "osd", "new", osd, attempts=20)
         ceph.run("ceph-osd", "--id=0", "--mkfs", "--osd-uuid", osd)
         ceph.start("ceph-osd", "--id=0", "-f")
         ceph.start("radosgw", "--name=client.rgw", "-f")
@@ -181,15 +182,19 @@ class _Processes:
     def start(self, program: str, *arguments: str) -> None:
         self._daemons[program] = self._launch(program, *arguments)
 
-    def run(self, program: str, *arguments: str) -> None:
-        process = self._launch(program, *arguments)
-        try:
-            self._wait(program, lambda: process.poll() is not None)
-        finally:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            raise RuntimeError(self._failure(program, f"exited with {process.returncode}"))
+    def run(self, program: str, *arguments: str, attempts: int = 1) -> None:
+        for remaining in reversed(range(attempts)):
+            process = self._launch(program, *arguments)
+            try:
+                self._wait(program, lambda process=process: process.poll() is not None)
+            finally:
+                process.kill()
+                process.wait()
+            if not process.returncode:
+                return
+            if remaining:
+                time.sleep(0.5)
+        raise RuntimeError(self._failure(program, f"exited with {process.returncode}"))
 
     def wait_for_port(self, program: str, port: int) -> None:
         def answers() -> bool:
