@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -22,7 +23,8 @@ from hypothesis import strategies as st
 from flytekit_ckpt import storage
 from flytekit_ckpt.errors import CheckpointError, StorageError
 from flytekit_ckpt.pipeline import Range
-from flytekit_ckpt.storage import PART_SIZE, S3Object, Settings
+from flytekit_ckpt.storage import PART_SIZE, S3Object, Settings, slots
+from flytekit_ckpt.storage import parts as division
 from tests import s3_server
 from tests.conftest import Place
 
@@ -258,9 +260,9 @@ def sizes_of_parts(chunk: int, count: int, known: int | None) -> list[int]:
             return b""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "_Buffer", Buffer)
+        patch.setattr(division, "_Buffer", Buffer)
         chunks: Any = itertools.repeat(range(chunk), count)
-        for _ in storage.divide(chunks, None if known is None else lambda: known, lambda _: iter(())):
+        for _ in division.divide(chunks, None if known is None else lambda: known, lambda _: iter(())):
             pass
     return sizes
 
@@ -271,8 +273,8 @@ def test_ten_thousand_parts_hold_the_largest_object_that_s3_takes() -> None:
     for known in (None, 5 << 40, (5 << 40) * 100 // 104, (5 << 40) * 100 // 120):
         sizes = sizes_of_parts(chunk, count, known)
         assert sum(sizes) == 5 << 40
-        assert len(sizes) <= storage.MAX_PARTS
-        assert max(sizes) <= storage.MAX_PART_SIZE
+        assert len(sizes) <= division.MAX_PARTS
+        assert max(sizes) <= division.MAX_PART_SIZE
         if known is not None and known * 104 // 100 > 5 << 40:
             assert len(set(sizes[:-1])) == 1
 
@@ -280,7 +282,7 @@ def test_ten_thousand_parts_hold_the_largest_object_that_s3_takes() -> None:
 def test_parts_grow_only_when_they_must() -> None:
     assert set(sizes_of_parts(1 << 20, 100, 100 << 20)[:-1]) == {PART_SIZE}
     asked = []
-    list(storage.divide(iter([bytes(PART_SIZE)]), lambda: asked.append(1) or 0, lambda _: iter(())))
+    list(division.divide(iter([bytes(PART_SIZE)]), lambda: asked.append(1) or 0, lambda _: iter(())))
     assert not asked
 
 
@@ -288,8 +290,8 @@ def test_parts_grow_only_when_they_must() -> None:
 @given(st.lists(st.binary(max_size=40)), st.integers(1, 8))
 def test_parts_are_full_but_for_the_last(chunks: list[bytes], size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "PART_SIZE", size)
-        parts = list(storage.divide(iter(chunks), None, lambda _: iter(())))
+        patch.setattr(division, "PART_SIZE", size)
+        parts = list(division.divide(iter(chunks), None, lambda _: iter(())))
     assert b"".join(parts) == b"".join(chunks)  # type: ignore[arg-type]
     assert all(len(part) == size for part in parts[:-1])  # type: ignore[arg-type]
     assert len(parts) == 1 or 0 < len(parts[-1]) <= size  # type: ignore[arg-type]
@@ -308,22 +310,22 @@ def test_parts_with_ranges_among_them_are_what_s3_takes(chunks: list[bytes | Ran
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("PART_SIZE", 8), ("MIN_PART_SIZE", 5), ("COPY_SIZE", 25)):
-            patch.setattr(storage, name, value)
+            patch.setattr(division, name, value)
         parts = list(
-            storage.divide(iter(chunks), (lambda: 100) if is_size_known else None, lambda r: iter([resolved(r)]))
+            division.divide(iter(chunks), (lambda: 100) if is_size_known else None, lambda r: iter([resolved(r)]))
         )
     assert b"".join(map(resolved, parts)) == b"".join(map(resolved, chunks))
     assert all(len(resolved(part)) >= 5 for part in parts[:-1])
     assert all(8 <= part.length <= 25 for part in parts if isinstance(part, Range))
     # What lies in ranges of two parts and more is not fetched, but for the bytes that a part before one lacks.
-    ranges = list(storage._joined(iter(chunks)))
+    ranges = list(division._joined(iter(chunks)))
     large = sum(r.length for r in ranges if isinstance(r, Range) and r.length >= 16)
     assert sum(part.length for part in parts if isinstance(part, Range)) >= large - 5 * len(ranges)
 
 
 def test_ranges_that_follow_each_other_become_one() -> None:
     chunks: list[bytes | Range] = [Range(0, 5), Range(5, 2), Range(8, 1), b"a", Range(9, 3), Range(12, 1)]
-    assert list(storage._joined(iter(chunks))) == [Range(0, 7), Range(8, 1), b"a", Range(9, 4)]
+    assert list(division._joined(iter(chunks))) == [Range(0, 7), Range(8, 1), b"a", Range(9, 4)]
 
 
 def test_ranges_are_taken_from_the_object_before(root: Place) -> None:
@@ -466,14 +468,11 @@ def test_a_folder_without_permission_is_a_storage_error(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_storage_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no full device")
-    real = os.open
-
-    def opened(path: str, flags: int, mode: int = 0o777) -> int:
-        return real("/dev/full", os.O_WRONLY) if flags & os.O_CREAT else real(path, flags, mode)
-
-    monkeypatch.setattr(os, "open", opened)
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(slots, "temporary", lambda path: contextlib.nullcontext((full, path)))
     with pytest.raises(StorageError, match=r"No space left on device.*Make room") as caught:
         storage.at(str(tmp_path / "file")).put([b"x"])
+    os.close(full)
     assert caught.value.errno == 28
 
 

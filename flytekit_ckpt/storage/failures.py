@@ -1,0 +1,180 @@
+"""Failures of storage: which of them may pass, how often they are tried again, and what the user is told."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from flytekit_ckpt.errors import CheckpointError, StorageError
+from flytekit_ckpt.options import StorageOptions
+from flytekit_ckpt.storage.uris import public
+
+logger = logging.getLogger("flytekit_ckpt")
+
+LONGEST_WAIT = 20.0
+"""Seconds at most between two tries."""
+
+_Answer = TypeVar("_Answer")
+
+# What S3 says of itself, and of requests that did not arrive whole.
+_PASSING_CODES = {
+    "BadDigest",
+    "IncompleteBody",
+    "InternalError",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "XAmzContentSHA256Mismatch",
+}
+
+
+class IncompleteAnswerError(ConnectionError):
+    """Storage answered with fewer bytes than it was asked for."""
+
+
+def tried_again(function: Callable[[], _Answer], *, retries: int, uri: str) -> _Answer:
+    """Call a function until it succeeds, fails for good, or has failed too often.
+
+    Waits grow exponentially up to `LONGEST_WAIT`, each drawn at random below that: those who failed together should
+    not come back together.
+
+    Parameters
+    ----------
+    function : callable
+        Does the same whenever it is called.
+    retries : int
+        Calls after the first.
+    uri : str
+        For the log.
+    """
+    import tenacity
+
+    def log(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        logger.info("try %d at %s failed, trying again: %s", state.attempt_number, public(uri), type(error).__name__)
+
+    trying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(retries + 1),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT),
+        retry=tenacity.retry_if_exception(may_pass),
+        before_sleep=log,
+        reraise=True,
+    )
+    return trying(function)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Tell whether a failure may be gone at the next try: the network's, and what a server says of itself."""
+    answer = s3_answer(error)
+    if answer is not None:
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status in (429, 500, 502, 503, 504) or s3_code(error) in _PASSING_CODES
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, (ConnectionError, TimeoutError)) or _is_of_the_network(chain):
+            return True
+        chain = chain.__cause__
+    return False
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    # By name, so that none of these packages is imported for it. What is wrong with a certificate or a proxy's login
+    # will be wrong again.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    lasting = {"SSLError", "ClientConnectorCertificateError", "ClientConnectorSSLError", "ProxyConnectionError"}
+    passing = {
+        # botocore, asyncio on Python 3.10
+        "ConnectionError",
+        "TimeoutError",
+        "HTTPClientError",
+        "IncompleteReadError",
+        "ResponseParserError",
+        "ResponseStreamingError",
+        # aiohttp
+        "ClientConnectionError",
+        "ClientPayloadError",
+        # http.client, requests, fsspec
+        "IncompleteRead",
+        "ChunkedEncodingError",
+        "FSTimeoutError",
+    }
+    return bool(names & passing) and not names & lasting
+
+
+@contextlib.contextmanager
+def reported(operation: str, uri: str, options: StorageOptions) -> Iterator[None]:
+    """Turn whatever the storage raises into a `StorageError` that names the URI and holds no credentials."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        text = str(error).replace(uri, public(uri))
+        for option in ("key", "secret", "token", "password", "account_key", "client_secret", "sas_token"):
+            value = options.get(option)
+            if isinstance(value, str) and len(value) > 3:
+                text = text.replace(value, "***")
+        # The user and the password of an endpoint.
+        text = re.sub(r"[^\s/@:'\"]+:[^\s/@'\"]+@", "***@", text)
+        # S3 servers do not all put their error codes into words.
+        cause = f"{s3_code(error) or type(error).__name__} ({text})"
+        message = f"cannot {operation} {public(uri)}: {cause}. {_advice(error)}"
+        number = getattr(error, "errno", None)
+        raise (StorageError(message) if number is None else StorageError(number, message)) from error
+
+
+def overwritten(uri: str) -> CheckpointError:
+    """Make the error for an object that has changed since it was written here."""
+    message = (
+        f"{public(uri)} was changed by another writer: what this checkpoint saved there before is gone. "
+        "Save to a destination of its own, or save everything again with a new checkpoint"
+    )
+    return CheckpointError(message)
+
+
+_CODE_ADVICE = {
+    "NoSuchBucket": "The bucket does not exist: create it, or correct the URI",
+    "PreconditionFailed": "It was overwritten meanwhile: try again",
+    "QuotaExceeded": "Make room there, or save less",
+}
+
+
+def _advice(error: BaseException) -> str:
+    code = s3_code(error)
+    if code in _CODE_ADVICE:
+        return _CODE_ADVICE[code]
+    if isinstance(error, PermissionError):
+        return (
+            "Check the credentials, and that they may read, write and list there "
+            "(without the right to list, a bucket calls a missing object forbidden)"
+        )
+    if type(error).__name__ == "NoCredentialsError":
+        return "Give credentials in storage_options, the FLYTE_AWS_* variables or the cloud SDK's own"
+    if isinstance(error, ImportError):
+        return "It is the package that reaches this kind of storage"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Make room there, or save less"
+    return "Check that it is reachable and that the storage options are right, then try again"
+
+
+def s3_code(error: BaseException | None) -> str:
+    """Return the error code in S3's answer, "" if there is none in this exception or those behind it."""
+    answer = s3_answer(error)
+    return str(answer.get("Error", {}).get("Code", "")) if answer is not None else ""
+
+
+def s3_answer(error: BaseException | None) -> dict[str, Any] | None:
+    """Return S3's answer, if there is one in this exception or those behind it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return response
+        error = error.__cause__
+    return None

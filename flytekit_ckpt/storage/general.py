@@ -1,0 +1,170 @@
+"""Whatever fsspec reaches, through its general interface."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flytekit_ckpt.options import resolved
+from flytekit_ckpt.pipeline import Chunk, Range
+from flytekit_ckpt.storage.failures import overwritten, tried_again
+from flytekit_ckpt.storage.objects import PART_SIZE, Metadata, Settings, Stored, StoredObject, Written
+
+
+class FsspecObject(StoredObject):
+    """An object behind fsspec's general interface."""
+
+    def __init__(self, uri: str, settings: Settings | None = None) -> None:
+        super().__init__(uri, settings)
+        self._protocol = uri.partition("://")[0]
+        self._options = resolved(self._protocol, self._settings.options)
+
+    @property
+    def _filesystem(self) -> Any:
+        # Asked for at every use: fsspec hands out the same instance, but a fresh one in a forked process.
+        return self._connected()
+
+    def _connected(self, **arguments: Any) -> Any:
+        return _filesystem_class(self._protocol)(**self._options, use_listings_cache=False, **arguments)
+
+    @property
+    def _key(self) -> str:
+        return str(self._filesystem._strip_protocol(self.uri))
+
+    def _put(
+        self,
+        chunks: Iterator[Chunk | Range],
+        size: Callable[[], int] | None,  # noqa: ARG002 - its filesystem divides the object as it will
+        previous: Written | None,
+        describe: Callable[[], Metadata],  # noqa: ARG002 - every store has its own way to keep it, if any
+    ) -> Written:
+        written = 0
+        with self._reporting("write"):
+            # An instance of its own: a transaction takes every file that is opened through the instance.
+            filesystem, key = self._connected(skip_instance_cache=True), self._key
+            with contextlib.suppress(NotImplementedError):
+                filesystem.makedirs(key.rpartition("/")[0], exist_ok=True)
+            filesystem.start_transaction()
+        try:
+            with self._reporting("write"):
+                file = filesystem.open(key, "wb")
+            for chunk in self._all_bytes(chunks, previous):
+                with self._reporting("write"):
+                    file.write(chunk)
+                written += len(chunk)
+            with self._reporting("write"):
+                file.close()
+                filesystem.end_transaction()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                filesystem.transaction.complete(commit=False)
+            raise
+        with self._reporting("read"):
+            return Written(written, _info_version(filesystem.info(key)))
+
+    def _all_bytes(self, chunks: Iterator[Chunk | Range], previous: Written | None) -> Iterator[Chunk]:
+        """Read the ranges among the chunks."""
+        for chunk in chunks:
+            if isinstance(chunk, Range):
+                yield from self.get_range(chunk, previous or Written(0, None))
+            else:
+                yield chunk
+
+    def exists(self) -> bool:
+        return self._info() is not None
+
+    def _info(self) -> Mapping[str, Any] | None:
+        with self._reporting("read"):
+            try:
+                info: Mapping[str, Any] = self._retrying(lambda: self._filesystem.info(self._key))
+            except FileNotFoundError:
+                return None
+        return None if info["type"] == "directory" else info
+
+    def _retrying(self, function: Callable[[], Any]) -> Any:
+        return tried_again(function, retries=self._settings.retries, uri=self.uri)
+
+    def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
+        if not (isinstance(target, FsspecObject) and target._protocol == self._protocol in _ATOMIC_COPIES):
+            super().copy_to(target, given_up)
+            return
+        with target._reporting("write"), contextlib.suppress(FileNotFoundError):
+            self._retrying(lambda: self._filesystem.cp_file(self._key, target._key))
+
+    def get(self) -> Stored | None:
+        info = self._info()
+        if info is None:
+            return None
+        size = int(info["size"])
+        return Stored(size, _info_version(info), self._chunks(Range(0, size)))
+
+    def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        with self._reporting("read"):
+            if _info_version(self._retrying(lambda: self._filesystem.info(self._key))) != written.version:
+                raise overwritten(self.uri)
+        return self._chunks(part)
+
+    def _chunks(self, part: Range) -> Iterator[Chunk]:
+        def fetch(piece: Range) -> list[bytes]:
+            with self._reporting("read"):
+                end = piece.start + piece.length
+                answer = self._retrying(lambda: self._filesystem.cat_file(self._key, start=piece.start, end=end))
+                return [bytes(answer)]
+
+        return self._in_order(fetch, part, PART_SIZE)
+
+    def files(self) -> Iterator[tuple[str, StoredObject]]:
+        with self._reporting("list"):
+            prefix = self._key + "/"
+            found = sorted(self._retrying(lambda: self._filesystem.find(self._key)))
+        for key in found:
+            name = str(key).removeprefix(prefix)
+            # Consoles make empty objects that end in "/" to show a folder.
+            if str(key).startswith(prefix) and name and not name.endswith("/"):
+                yield name, type(self)(f"{self.uri}/{name}", self._settings)
+
+    def names(self) -> list[str]:
+        with self._reporting("list"):
+            try:
+                found = self._retrying(lambda: self._filesystem.ls(self._key, detail=True))
+            except FileNotFoundError:
+                return []
+        # An object is listed as lying in itself.
+        files = (item["name"].rpartition("/") for item in found if item["type"] == "file")
+        return [name for folder, _, name in files if folder.strip("/") == self._key.strip("/")]
+
+    def remove(self) -> None:
+        with self._reporting("remove"), contextlib.suppress(FileNotFoundError):
+            self._retrying(lambda: self._filesystem.rm_file(self._key))
+
+
+# Stores that copy an object as a whole; file systems copy files piece by piece.
+_ATOMIC_COPIES = {"abfs", "abfss", "az", "gcs", "gs", "memory"}
+
+
+def _filesystem_class(protocol: str) -> Any:
+    """Return fsspec's own filesystem for a protocol.
+
+    Flyte 2 registers obstore's in place of some: those only work inside an event loop, and what a failed save has sent
+    replaces the object.
+    """
+    import fsspec
+    from fsspec.registry import known_implementations
+
+    found = fsspec.get_filesystem_class(protocol)
+    if found.__module__.partition(".")[0] != "obstore":
+        return found
+    known = known_implementations[protocol]
+    module, _, name = known["class"].rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ImportError(known["err"]) from error
+
+
+def _info_version(info: Mapping[str, Any]) -> str:
+    """Tell versions apart by what the filesystem knows of the object; when it was read is no part of that."""
+    telling = "size etag md5 md5hash content_md5 checksum generation mtime modified updated created last_modified"
+    return " ".join(f"{name}={info[name]}" for name in sorted(info) if name.lower() in telling.split())

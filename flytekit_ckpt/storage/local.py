@@ -1,0 +1,199 @@
+"""A local file as an object: written beside its place, flushed to the disk and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flytekit_ckpt.entries import FileWriter
+from flytekit_ckpt.pipeline import Chunk, Range, in_order
+from flytekit_ckpt.storage import slots
+from flytekit_ckpt.storage.failures import overwritten
+from flytekit_ckpt.storage.objects import GivenUpError, Metadata, Settings, Stored, StoredObject, Written
+
+LOCAL_SIZE = 256 << 10
+"""Bytes read from a local file at a time: few, so that the same memory is used again and again."""
+
+COPY_SIZE = 64 << 20
+"""Bytes that the file system is asked to copy at a time."""
+
+ATTRIBUTE = "user.flytekit_ckpt"
+"""Extended attribute that keeps an object's metadata."""
+
+
+class LocalObject(StoredObject):
+    """A file."""
+
+    def __init__(self, path: Path, settings: Settings | None = None) -> None:
+        super().__init__(str(path), settings)
+        self._name = path
+        # A link at the destination is the user's way to put the file elsewhere.
+        self._path = Path(os.path.realpath(path))
+
+    def _put(
+        self,
+        chunks: Iterator[Chunk | Range],
+        size: Callable[[], int] | None,  # noqa: ARG002 - a file grows as it will
+        previous: Written | None,
+        describe: Callable[[], Metadata],
+    ) -> Written:
+        old: list[io.FileIO] = []
+        with contextlib.ExitStack() as files:
+            file, finish = files.enter_context(self._replacing())
+            writer = FileWriter(file)
+
+            def write(chunk: Chunk | Range) -> int:
+                with self._reporting("write"):
+                    if isinstance(chunk, Range):
+                        return writer.written(_copy(old[0].fileno(), file, chunk))
+                    return writer(chunk)
+
+            def sized() -> Iterator[tuple[int, Chunk | Range]]:
+                for chunk in chunks:
+                    if isinstance(chunk, Range) and not old:
+                        old.append(files.enter_context(self._opened(previous)))
+                    yield 0 if isinstance(chunk, Range) else len(chunk), chunk
+
+            # In a thread, so that what follows is packed meanwhile.
+            written = sum(in_order(write, sized(), threads=1, memory=self._settings.share))
+            return Written(written, finish(describe()))
+
+    @contextlib.contextmanager
+    def _replacing(self) -> Iterator[tuple[int, Callable[[Metadata], str]]]:
+        """Give a new file, and what puts it, described, in the place of the one that is there."""
+        with contextlib.ExitStack() as files:
+            with self._reporting("write"):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                file, temporary = files.enter_context(slots.temporary(self._path))
+
+            def finish(metadata: Metadata) -> str:
+                with self._reporting("write"):
+                    _describe(file, metadata)
+                    os.fsync(file)
+                    if self._path.is_dir():
+                        self._path.rmdir()
+                    os.replace(temporary, self._path)
+                    self._flush_name()
+                    return _file_version(os.stat(self._path))
+
+            yield file, finish
+
+    def _flush_name(self) -> None:
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _opened(self, written: Written | None) -> io.FileIO:
+        """Open the file, if it is still the one that was written."""
+        with self._reporting("read"):
+            try:
+                file = self._path.open("rb", buffering=0)
+            except FileNotFoundError:
+                raise overwritten(self.uri) from None
+            if written is None or _file_version(os.fstat(file.fileno())) != written.version:
+                file.close()
+                raise overwritten(self.uri)
+            return file
+
+    def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
+        if not isinstance(target, LocalObject):
+            super().copy_to(target, given_up)
+            return
+        with contextlib.ExitStack() as files:
+            with self._reporting("read"):
+                try:
+                    source = files.enter_context(self._path.open("rb", buffering=0))
+                except FileNotFoundError:
+                    return
+                size = os.fstat(source.fileno()).st_size
+            file, finish = files.enter_context(target._replacing())
+            for start in range(0, size, COPY_SIZE):
+                if given_up():
+                    raise GivenUpError
+                with target._reporting("write"):
+                    _copy(source.fileno(), file, Range(start, min(COPY_SIZE, size - start)))
+            finish(_description(source.fileno()))
+
+    def exists(self) -> bool:
+        with self._reporting("read"):
+            return self._path.is_file()
+
+    def get(self) -> Stored | None:
+        with self._reporting("read"):
+            try:
+                file = self._path.open("rb", buffering=0)
+            except FileNotFoundError:
+                return None
+            status = os.fstat(file.fileno())
+            metadata = _description(file.fileno())
+        return Stored(status.st_size, _file_version(status), self._chunks(file, Range(0, status.st_size)), metadata)
+
+    def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        return self._chunks(self._opened(written), part)
+
+    def _chunks(self, file: io.FileIO, part: Range) -> Iterator[Chunk]:
+        def fetch(piece: Range) -> list[bytes]:
+            with self._reporting("read"):
+                return [os.pread(file.fileno(), piece.length, piece.start)]
+
+        with file:
+            yield from self._in_order(fetch, part, LOCAL_SIZE, threads=1)
+
+    def files(self) -> Iterator[tuple[str, StoredObject]]:
+        with self._reporting("list"):
+            paths = sorted(path for path in self._path.rglob("*") if path.is_file())
+        for path in paths:
+            yield path.relative_to(self._path).as_posix(), LocalObject(path, self._settings)
+
+    def names(self) -> list[str]:
+        with self._reporting("list"):
+            try:
+                return [item.name for item in os.scandir(self._path) if item.is_file()]
+            except FileNotFoundError:
+                return []
+
+    def remove(self) -> None:
+        with self._reporting("remove"):
+            # Not what a link leads to.
+            self._name.unlink(missing_ok=True)
+
+
+def _describe(file: int, metadata: Metadata) -> None:
+    # Not every file system has attributes, nor every system a call for them, and neither is worth a failed save.
+    with contextlib.suppress(OSError, AttributeError):
+        os.setxattr(file, ATTRIBUTE, json.dumps(dict(metadata)).encode())
+
+
+def _description(file: int) -> Metadata:
+    try:
+        found = json.loads(os.getxattr(file, ATTRIBUTE))
+    except (OSError, AttributeError, ValueError):
+        return {}
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _copy(source: int, target: int, part: Range) -> int:
+    """Copy bytes from one file to the end of another, by the file system where it can."""
+    done = 0
+    while done < part.length:
+        offset = part.start + done
+        try:
+            count = os.copy_file_range(source, target, min(COPY_SIZE, part.length - done), offset)
+        except (AttributeError, OSError):
+            # Not on this system, or not between these two files; a disk that fails will fail here too.
+            count = os.write(target, os.pread(source, min(LOCAL_SIZE, part.length - done), offset))
+        if not count:
+            message = f"the file ends at {offset}"
+            raise EOFError(message)
+        done += count
+    return done
+
+
+def _file_version(status: os.stat_result) -> str:
+    return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"

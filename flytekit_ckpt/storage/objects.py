@@ -1,0 +1,238 @@
+"""What every kind of storage offers: one object at a URI, written whole or not at all, read in chunks."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flytekit_ckpt.options import StorageOptions
+from flytekit_ckpt.pipeline import MEMORY_BUDGET, Chunk, Range, in_order
+from flytekit_ckpt.storage.failures import reported
+
+PART_SIZE = 8 << 20
+"""Bytes asked for or sent in one request; an object that fits into one part takes one request."""
+
+CONCURRENCY = 8
+"""Requests of one object that run at the same time."""
+
+RETRIES = 8
+"""Times that a request is repeated after a failure that may pass."""
+
+TIMEOUT = 60.0
+"""Seconds that storage may be silent."""
+
+Metadata = Mapping[str, str]
+"""What is kept with an object and is no part of its bytes."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How objects are reached and moved, and how much may come of one.
+
+    Attributes
+    ----------
+    options : mapping
+        Keyword arguments of the fsspec filesystem; they go before what the platform configures.
+    memory : int
+        Bytes that one save or load may hold in memory.
+    retries : int
+        Times that a request is repeated after a failure that may pass.
+    timeout : float
+        Seconds that storage may be silent before a request counts as failed.
+    restore_limit : int or None
+        Bytes that a checkpoint may hold when it is restored; `None` for any.
+    """
+
+    options: StorageOptions = field(default_factory=dict)
+    memory: int = MEMORY_BUDGET
+    retries: int = RETRIES
+    timeout: float = TIMEOUT
+    restore_limit: int | None = None
+
+    @property
+    def share(self) -> int:
+        """What is being packed, and what is on its way, may take a quarter each: HTTP clients copy what they send."""
+        return self.memory // 4
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object that was found.
+
+    Attributes
+    ----------
+    size : int
+        Bytes.
+    version : str or None
+        Changes whenever the object is written; `None` for an empty object on S3.
+    chunks : iterator of bytes
+        The content.
+    metadata : mapping
+        What was described when it was written; empty where the storage keeps none.
+    """
+
+    size: int
+    version: str | None
+    chunks: Iterator[Chunk]
+    metadata: Metadata = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """An object that was written: its size in bytes and its version, as in `Stored`."""
+
+    size: int
+    version: str | None
+
+
+class GivenUpError(Exception):
+    """Copying an object was given up, as the caller asked."""
+
+
+class StoredObject(ABC):
+    """The object at one URI.
+
+    Parameters
+    ----------
+    uri : str
+        Where it is.
+    settings : Settings, optional
+        How it is reached.
+    """
+
+    def __init__(self, uri: str, settings: Settings | None = None) -> None:
+        self.uri = uri
+        self._settings = settings or Settings()
+        self._options = dict(self._settings.options)
+
+    def put(
+        self,
+        chunks: Iterable[Chunk | Range],
+        *,
+        size: Callable[[], int] | None = None,
+        previous: Written | None = None,
+        describe: Callable[[], Metadata] = dict,
+    ) -> Written:
+        """Write the object, atomically: readers see the previous object or this one, whole.
+
+        An exception from `chunks` passes through and leaves the previous object.
+
+        Parameters
+        ----------
+        chunks : iterable of bytes or Range
+            The content; a range is taken from the object that is there now.
+        size : callable, optional
+            Returns about how many bytes there will be. Called only if they are many.
+        previous : Written, optional
+            The object that ranges are taken from, as it was written.
+        describe : callable, optional
+            Returns metadata for the object. Called as late as the storage can take it: after the last chunk was taken
+            where that is possible, which on S3 it is only for what fits into one part.
+
+        Raises
+        ------
+        StorageError
+            If the storage refuses or fails.
+        CheckpointError
+            If another writer has replaced the object that ranges are taken from.
+        """
+        source = iter(chunks)
+        try:
+            return self._put(source, size, previous, describe)
+        finally:
+            close = getattr(source, "close", None)
+            if close is not None:
+                close()
+
+    def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
+        """Write the same object elsewhere, with its metadata; nothing where this one is not there.
+
+        By the server or the file system where both lie with the same one.
+
+        Parameters
+        ----------
+        target : StoredObject
+            Where to.
+        given_up : callable
+            Asked again and again whether to leave it, which leaves what was at the target.
+
+        Raises
+        ------
+        GivenUpError
+            If it was given up.
+        StorageError
+            If the storage refuses or fails.
+        """
+        stored = self.get()
+        if stored is None:
+            return
+
+        def chunks() -> Iterator[Chunk]:
+            for chunk in stored.chunks:
+                if given_up():
+                    raise GivenUpError
+                yield chunk
+
+        target.put(chunks(), size=lambda: stored.size, describe=lambda: stored.metadata)
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Tell whether the object is there, without reading it."""
+
+    @abstractmethod
+    def get(self) -> Stored | None:
+        """Open the object; `None` if nothing is there.
+
+        Raises
+        ------
+        StorageError
+            If the storage refuses or fails, now or while the chunks are read.
+        """
+
+    @abstractmethod
+    def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        """Read some bytes of the object as it was written.
+
+        Raises
+        ------
+        StorageError
+            If the storage refuses or fails.
+        CheckpointError
+            If another writer has replaced it.
+        """
+
+    @abstractmethod
+    def files(self) -> Iterator[tuple[str, StoredObject]]:
+        """List what lies below this URI as if it were a folder: names relative to it and their objects, sorted."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """List the objects directly below this URI as if it were a folder, by their names there, in one pass."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Remove the object, if it is there."""
+
+    @abstractmethod
+    def _put(
+        self,
+        chunks: Iterator[Chunk | Range],
+        size: Callable[[], int] | None,
+        previous: Written | None,
+        describe: Callable[[], Metadata],
+    ) -> Written: ...
+
+    def _in_order(
+        self, fetch: Callable[[Range], list[bytes]], part: Range, size: int, threads: int = CONCURRENCY
+    ) -> Iterator[bytes]:
+        """Fetch some bytes in pieces of a size, several at a time."""
+        end = part.start + part.length
+        pieces = (Range(start, min(size, end - start)) for start in range(part.start, end, size))
+        sized = ((piece.length, piece) for piece in pieces)
+        for chunks in in_order(fetch, sized, threads=threads, memory=self._settings.share):
+            yield from chunks
+
+    def _reporting(self, operation: str) -> contextlib.AbstractContextManager[None]:
+        return reported(operation, self.uri, self._options)

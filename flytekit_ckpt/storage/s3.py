@@ -1,0 +1,290 @@
+"""An object on S3: one request when it fits into a part, multipart uploads and ranged reads otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from flytekit_ckpt.errors import StorageError
+from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, Range, in_order
+from flytekit_ckpt.storage.failures import IncompleteAnswerError, overwritten, s3_code
+from flytekit_ckpt.storage.general import FsspecObject
+from flytekit_ckpt.storage.objects import CONCURRENCY, PART_SIZE, GivenUpError, Metadata, Stored, StoredObject, Written
+from flytekit_ckpt.storage.parts import COPY_SIZE, copied_ranges, divide
+
+SLOWEST = 64 << 10
+"""Bytes a second; a request that moves fewer counts as failed, even if the storage is never silent."""
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds at most for a connection to be made."""
+
+# Not with underscores: there are proxies that drop such headers.
+_PREFIX = "flytekit-ckpt-"
+
+# Tells the objects of this upload from those of any other.
+_UPLOAD = "upload"
+
+
+class S3Object(FsspecObject):
+    """An object on S3."""
+
+    @property
+    def _filesystem(self) -> Any:
+        timeout = self._settings.timeout
+        config = {
+            "connect_timeout": min(timeout, CONNECT_TIMEOUT),
+            "read_timeout": timeout,
+            # What is tried again, is here.
+            "retries": {"total_max_attempts": 1},
+            **(self._options.get("config_kwargs") or {}),
+        }
+        return _filesystem_kind()(**{**self._options, "config_kwargs": config}, use_listings_cache=False)
+
+    def _put(
+        self,
+        chunks: Iterator[Chunk | Range],
+        size: Callable[[], int] | None,
+        previous: Written | None,
+        describe: Callable[[], Metadata],
+    ) -> Written:
+        def fetched(part: Range) -> Iterator[Chunk]:
+            return self.get_range(part, previous or Written(0, None))
+
+        parts = divide(chunks, size, fetched)
+        head = list(itertools.islice(parts, 2))
+        if len(head) == 1 and isinstance(head[0], bytes):
+            with self._reporting("write"):
+                metadata = _metadata(describe())
+                answer = self._call("put_object", moved=len(head[0]), Body=head[0], Metadata=metadata)
+                return Written(len(head[0]), _version(answer))
+        try:
+            return self._put_parts(itertools.chain(head, parts), describe(), self._key, previous)
+        except StorageError as error:
+            if previous is not None and s3_code(error) in _CHANGED:
+                raise overwritten(self.uri) from error
+            raise
+
+    def _put_parts(
+        self, parts: Iterable[bytes | Range], metadata: Metadata, source: str, previous: Written | None
+    ) -> Written:
+        """Upload an object in parts; ranges are those of the object with the key `source`, as it was written."""
+        token = uuid.uuid4().hex
+        with self._reporting("write"):
+            described = _metadata({**metadata, _UPLOAD: token})
+            upload = self._call("create_multipart_upload", Metadata=described)["UploadId"]
+
+        def send(part: tuple[int, bytes | Range]) -> tuple[int, dict[str, Any]]:
+            number, body = part
+            arguments = {"UploadId": upload, "PartNumber": number}
+            with self._reporting("write"):
+                if isinstance(body, Range):
+                    tag = self._copy_part(source, body, previous, arguments)
+                    return body.length, {"PartNumber": number, "ETag": tag}
+                answer = self._call("upload_part", moved=len(body), Body=body, **arguments)
+                return len(body), {"PartNumber": number, "ETag": answer["ETag"]}
+
+        try:
+            numbered = (
+                (0 if isinstance(body, Range) else len(body), (number, body)) for number, body in enumerate(parts, 1)
+            )
+            sent = list(in_order(send, numbered, threads=CONCURRENCY, memory=self._settings.share))
+            with self._reporting("write"):
+                if previous is not None:
+                    self._at(source)._check(previous)
+                version = self._complete(upload, [part for _, part in sent], token)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._call("abort_multipart_upload", UploadId=upload)
+            raise
+        return Written(sum(size for size, _ in sent), version)
+
+    def _complete(self, upload: str, parts: list[dict[str, Any]], token: str) -> str:
+        try:
+            # The server may take long over ten thousand parts.
+            moved = int(SLOWEST * 9 * self._settings.timeout)
+            arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+            answer = self._call("complete_multipart_upload", moved=moved, **arguments)
+        except Exception:
+            # The answer may be all that was lost, and the server knows nothing of the upload any more.
+            with contextlib.suppress(Exception):
+                found = self._call("head_object")
+                if _described(found).get(_UPLOAD) == token:
+                    return _version(found)
+            raise
+        # Ceph's gateway leaves the tag out of this one answer.
+        return _version(answer) or self._head_version()
+
+    def _copy_part(self, source: str, part: Range, previous: Written | None, arguments: dict[str, Any]) -> str:
+        bucket, _, key = source.partition("/")
+        assert previous is not None
+        answer = self._call(
+            "upload_part_copy",
+            CopySource={"Bucket": bucket, "Key": key},
+            CopySourceRange=f"bytes={part.start}-{part.start + part.length - 1}",
+            CopySourceIfMatch=f'"{previous.version}"',
+            **arguments,
+        )
+        return str(answer["CopyPartResult"]["ETag"])
+
+    def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
+        if not isinstance(target, S3Object):
+            super().copy_to(target, given_up)
+            return
+        with self._reporting("read"):
+            try:
+                found = self._call("head_object")
+            except FileNotFoundError:
+                return
+        size = int(found["ContentLength"])
+        bucket, _, key = self._key.partition("/")
+        if given_up():
+            raise GivenUpError
+        if size <= COPY_SIZE:
+            with target._reporting("write"):
+                target._call("copy_object", CopySource={"Bucket": bucket, "Key": key})
+            return
+
+        def parts() -> Iterator[Range]:
+            for part in copied_ranges(Range(0, size)):
+                if given_up():
+                    raise GivenUpError
+                yield part
+
+        target._put_parts(parts(), _described(found), self._key, Written(size, _version(found)))
+
+    def exists(self) -> bool:
+        with self._reporting("read"):
+            try:
+                self._call("head_object")
+            except FileNotFoundError:
+                return False
+        return True
+
+    def _check(self, written: Written) -> None:
+        # Not every server looks at the condition under which a part is copied.
+        if self._head_version() != written.version:
+            raise overwritten(self.uri)
+
+    def _head_version(self) -> str:
+        return _version(self._call("head_object"))
+
+    def _at(self, key: str) -> S3Object:
+        return self if key == self._key else S3Object(f"s3://{key}", self._settings)
+
+    def get(self) -> Stored | None:
+        with self._reporting("read"):
+            try:
+                head = self._fetch(Range(0, PART_SIZE), None)
+            except FileNotFoundError as error:
+                if s3_code(error) == "NoSuchBucket":
+                    raise
+                return None
+            except OSError as error:
+                # An empty object has no first byte.
+                if s3_code(error) not in ("InvalidRange", "416"):
+                    raise
+                head = _Piece([], 0, None, _described(self._call("head_object")))
+
+        def chunks() -> Iterator[Chunk]:
+            yield from head.chunks
+            if head.size > PART_SIZE:
+                rest = Range(PART_SIZE, head.size - PART_SIZE)
+                yield from self.get_range(rest, Written(head.size, head.version))
+
+        return Stored(head.size, head.version, chunks(), head.metadata)
+
+    def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        def fetch(piece: Range) -> list[bytes]:
+            with self._reporting("read"):
+                return self._fetch(piece, written.version).chunks
+
+        return self._in_order(fetch, part, PART_SIZE)
+
+    def _fetch(self, part: Range, version: str | None) -> _Piece:
+        """Get a part of the object, of that version if one is given."""
+        bucket, _, key = self._key.partition("/")
+        arguments = {"Range": f"bytes={part.start}-{part.start + part.length - 1}"}
+        if version is not None:
+            arguments["IfMatch"] = f'"{version}"'
+
+        async def request(filesystem: Any) -> _Piece:
+            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **arguments)
+            # As they come: nobody needs them in one piece.
+            chunks: list[bytes] = []
+            async with answer["Body"] as body:
+                while chunk := await body.read(CHUNK_SIZE):
+                    chunks.append(chunk)
+            size = int(answer["ContentRange"].rpartition("/")[2])
+            if sum(map(len, chunks)) != min(part.length, size - part.start):
+                message = "the answer ends early"
+                raise IncompleteAnswerError(message)
+            return _Piece(chunks, size, _version(answer), _described(answer))
+
+        answer: _Piece = self._requested(request, part.length)
+        return answer
+
+    def _call(self, method: str, *, moved: int = 0, **arguments: Any) -> Any:
+        """Send a request that moves about so many bytes."""
+        bucket, _, key = self._key.partition("/")
+
+        async def request(filesystem: Any) -> Any:
+            return await filesystem._call_s3(method, Bucket=bucket, Key=key, **arguments)
+
+        return self._requested(request, moved)
+
+    def _requested(self, request: Callable[[Any], Any], moved: int) -> Any:
+        from fsspec.asyn import sync
+
+        filesystem = self._filesystem
+        limit = self._settings.timeout + moved / SLOWEST
+
+        async def limited() -> Any:
+            # Not left to go on: it could come to its end after a later one.
+            return await asyncio.wait_for(request(filesystem), limit)
+
+        return self._retrying(lambda: sync(filesystem.loop, limited))
+
+
+class _Piece(NamedTuple):
+    """A part of an object, and what is known of the whole of it."""
+
+    chunks: list[bytes]
+    size: int
+    version: str | None
+    metadata: Metadata
+
+
+@functools.cache
+def _filesystem_kind() -> Any:
+    from s3fs import S3FileSystem
+
+    class SingleTryFileSystem(S3FileSystem):  # type: ignore[misc]
+        """Leaves it to its user to try again: retries of retries would multiply."""
+
+        retries = 1
+
+    return SingleTryFileSystem
+
+
+def _version(answer: Mapping[str, Any]) -> str:
+    # Servers differ in which of their answers put the tag in quotes.
+    return str(answer.get("ETag", "")).strip('"')
+
+
+def _metadata(described: Metadata) -> dict[str, str]:
+    return {_PREFIX + name: value for name, value in described.items()}
+
+
+def _described(answer: Mapping[str, Any]) -> Metadata:
+    # Servers differ in the case of its names.
+    found = {name.lower(): value for name, value in (answer.get("Metadata") or {}).items()}
+    return {name.removeprefix(_PREFIX): value for name, value in found.items() if name.startswith(_PREFIX)}
+
+
+# What S3 answers to a request for a part of an object that is another one by now, or gone.
+_CHANGED = {"PreconditionFailed", "412", "NoSuchKey", "404", "InvalidRange", "416"}
