@@ -3,71 +3,32 @@
 Nothing here knows a URI. An archive is produced and consumed as an iterator of chunks, so that packing and uploading
 (or downloading and unpacking) overlap and neither an archive nor a large file is ever in memory.
 
-The gzip file is made of many members, each holding up to `MEMBER_SIZE` bytes of the tar stream and stating its own
-compressed length in the header's extra field. Any gzip reader takes such a file; ours finds the members without
-inflating them, and works on several at the same time. Members belong to units: a large entry is a unit of its own,
-small ones share one. A unit's members can be carried from one archive into the next as they are.
+The gzip file is made of many members (`flytekit_ckpt.members`). They belong to units: a large entry is a unit of its
+own, small ones share one. A unit's members can be carried from one archive into the next as they are.
 """
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import enum
 import functools
-import itertools
-import lzma
 import struct
 import tarfile
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import IO, TYPE_CHECKING, Protocol, cast
-
-try:
-    from isal import igzip_lib
-    from isal import isal_zlib as deflate
-except ImportError:  # where isal has no wheel: slower, same format
-    deflate = zlib  # type: ignore[misc]
-    igzip_lib = None  # type: ignore[assignment]
+from typing import IO, TYPE_CHECKING, cast
 
 from flytekit_ckpt.entries import Entry, OpenFile, safe_name
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from flytekit_ckpt.pipeline import CHUNK_SIZE, LITTLE, MEMORY_BUDGET, Chunk, Range, ahead, in_order, processors
+from flytekit_ckpt.members import MEMBER_SIZE, ByteStream, inflated, member
+from flytekit_ckpt.pipeline import CHUNK_SIZE, MEMORY_BUDGET, Chunk, Range, in_order, processors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from typing_extensions import Self
 
-MEMBER_SIZE = 2 << 20
-"""Bytes of tar stream in one gzip member."""
-
 LARGE_ENTRY = MEMBER_SIZE // 4
 """Bytes of content from which on an entry has members of its own."""
-
-COMPRESSION_LEVEL = 1
-"""The fastest level that compresses: many times faster than gzip's default of 9 for a few per cent more bytes."""
-
-STORED_ABOVE = 0.9
-"""Share of its bytes that a member must compress to; one that does not (the weights of a model) is stored instead."""
-
-# The stubs of isal call it an instance.
-_DeflateError = cast("type[Exception]", deflate.error)
-
-_GZIP_MAGIC = b"\x1f\x8b"
-# RFC 1952: magic, deflate, flags = extra field, no time, no hint, unknown system, then the field: its length, our
-# two-letter id, the data's length, and the member's whole length in bytes.
-_MEMBER_HEADER = struct.Struct("<4sIBBH2sHI")
-_MEMBER_MARK = b"FC"
-_MEMBER_TRAILER = struct.Struct("<II")
-# Members that claim to be larger than any of ours are read as a stream, in bounded memory.
-_MEMBER_LIMIT = 16 << 20
-# RFC 1951: the length of a stored block is a 16-bit number.
-_STORED_BLOCK = struct.Struct("<BHH")
-_STORED_BLOCK_SIZE = 0xFFFF
-_SAMPLE_SIZE = 4 << 10
 
 
 @dataclass(frozen=True)
@@ -151,7 +112,7 @@ def pack(
 
 def end_of_archive() -> bytes:
     """Make the member that ends an archive: two zero blocks, of which every tar program writes a whole record."""
-    return _member(memoryview(bytes(tarfile.RECORDSIZE)))
+    return member(memoryview(bytes(tarfile.RECORDSIZE)))
 
 
 @dataclass
@@ -316,326 +277,9 @@ class _Packer:
                 place[:] = piece
             position += len(piece)
         plan.pieces.clear()
-        data = _member(view)
+        data = member(view)
         self._spare.append(buffer)
         return plan, data
-
-
-def _member(data: memoryview) -> bytes:
-    body = _shrunk(data) or _stored(data)
-    length = _MEMBER_HEADER.size + sum(map(len, body)) + _MEMBER_TRAILER.size
-    header = _MEMBER_HEADER.pack(_GZIP_MAGIC + b"\x08\x04", 0, 0, 255, 8, _MEMBER_MARK, 4, length)
-    return b"".join((header, *body, _MEMBER_TRAILER.pack(deflate.crc32(data), len(data))))
-
-
-def _shrunk(data: memoryview) -> list[bytes] | None:
-    """Compress, if samples of the data and the whole of it become smaller."""
-    if len(data) > 8 * _SAMPLE_SIZE:
-        starts = range(0, len(data), len(data) // 4)
-        sample = b"".join(data[start : start + _SAMPLE_SIZE] for start in starts)
-        if sum(map(len, _deflate(sample))) > STORED_ABOVE * len(sample):
-            return None
-    body = _deflate(data)
-    return body if sum(map(len, body)) <= STORED_ABOVE * len(data) else None
-
-
-def _deflate(data: bytes | memoryview) -> list[bytes]:
-    if igzip_lib is not None:
-        return [deflate.compress(data, COMPRESSION_LEVEL, -zlib.MAX_WBITS)]
-    engine = zlib.compressobj(COMPRESSION_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return [engine.compress(data), engine.flush()]
-
-
-def _stored(data: memoryview) -> list[bytes | memoryview]:
-    pieces: list[bytes | memoryview] = []
-    for start in range(0, len(data), _STORED_BLOCK_SIZE):
-        block = data[start : start + _STORED_BLOCK_SIZE]
-        is_last = start + len(block) == len(data)
-        pieces += (_STORED_BLOCK.pack(is_last, len(block), len(block) ^ 0xFFFF), block)
-    return pieces
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recognising
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Kind(enum.Enum):
-    """What a reader takes some bytes for, judged by their beginning as `tarfile.open` does."""
-
-    EMPTY = "no bytes at all"
-    ARCHIVE = "a tar, compressed or not"
-    ZEROS = "512 zero bytes: an empty tar to tarfile"
-    COMPRESSED_ZEROS = "512 zero bytes once decompressed: an empty compressed tar to tarfile"
-    BROKEN_GZIP = "a gzip file that ends before the first tar header could: Flyte 2 fails on it"
-    OTHER = "anything else"
-
-
-def recognise(chunks: Iterable[Chunk]) -> tuple[Kind, Iterator[Chunk]]:
-    """Tell what a stream of bytes looks like; returns the kind and the whole stream again."""
-    source = iter(chunks)
-    taken: list[Chunk] = []
-    probe = _Probe()
-    for chunk in source:
-        taken.append(chunk)
-        if probe.feed(chunk):
-            break
-    else:
-        probe.end()
-    return probe.kind, itertools.chain(taken, source)
-
-
-class _Probe:
-    """Decides from as few leading bytes as possible."""
-
-    # The first block of a bz2 file can take 900 kB before any byte comes out of it.
-    LIMIT = 4 << 20
-
-    def __init__(self) -> None:
-        self.kind = Kind.EMPTY
-        self._seen = bytearray()
-
-    def feed(self, chunk: Chunk) -> bool:
-        """Take more bytes; returns whether the kind is now certain."""
-        if not chunk:
-            return False
-        self._seen += chunk
-        self.kind = Kind.OTHER
-        if self._is_ours():
-            self.kind = Kind.ARCHIVE
-        else:
-            for start, zeros in ((self._seen, Kind.ZEROS), (self._decompressed(), Kind.COMPRESSED_ZEROS)):
-                block = bytes(start[: tarfile.BLOCKSIZE])
-                if block == bytes(tarfile.BLOCKSIZE):
-                    self.kind = zeros
-                elif _is_tar_header(block):
-                    self.kind = Kind.ARCHIVE
-        return self.kind is not Kind.OTHER or (
-            len(self._seen) >= tarfile.BLOCKSIZE and (_compression(self._seen) is None or len(self._seen) >= self.LIMIT)
-        )
-
-    def end(self) -> None:
-        """Take it that there are no more bytes."""
-        if self.kind is Kind.OTHER and self._seen.startswith(_GZIP_MAGIC):
-            engine = _ZlibDecompressor()
-            with contextlib.suppress(zlib.error):
-                engine.decompress(bytes(self._seen), tarfile.BLOCKSIZE)
-                if not engine.eof and engine.needs_input:
-                    self.kind = Kind.BROKEN_GZIP
-
-    def _is_ours(self) -> bool:
-        return bool(_stated_length(self._seen))
-
-    def _decompressed(self) -> bytes:
-        compression = _compression(self._seen)
-        if compression is _gzip:
-            # isal finds damage further on than tarfile would look.
-            compression = _ZlibDecompressor
-        try:
-            return compression().decompress(bytes(self._seen), tarfile.BLOCKSIZE) if compression else b""
-        except _DECOMPRESSION_ERRORS:
-            return b""
-
-
-def _is_tar_header(block: bytes) -> bool:
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inflating
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def needs_input(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
-
-
-class _ZlibDecompressor:
-    """One gzip member, with the interface of `bz2.BZ2Decompressor`; zlib verifies its CRC and length."""
-
-    def __init__(self) -> None:
-        self._engine = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        self.needs_input = True
-
-    @property
-    def eof(self) -> bool:
-        return self._engine.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._engine.unused_data
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        out = self._engine.decompress(self._engine.unconsumed_tail + data, max_length)
-        self.needs_input = not self._engine.unconsumed_tail and len(out) < max_length
-        return out
-
-
-def _gzip() -> _Decompressor:
-    if igzip_lib is None:
-        return _ZlibDecompressor()
-    return igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
-
-
-_DECOMPRESSION_ERRORS = (_DeflateError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError)
-
-
-def _compression(start: bytes | bytearray) -> Callable[[], _Decompressor] | None:
-    """What makes a decompressor for what begins with `start`, `None` for plain bytes."""
-    if start.startswith(_GZIP_MAGIC):
-        return _gzip
-    if start.startswith(b"BZh"):
-        return bz2.BZ2Decompressor
-    if start.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00")):
-        return lzma.LZMADecompressor
-    return None
-
-
-class _Bytes:
-    """Bytes of a stream of chunks, taken in any number and copied only where a chunk ends in the middle."""
-
-    def __init__(self, chunks: Iterator[Chunk]) -> None:
-        self._chunks = chunks
-        self._left: deque[memoryview] = deque()
-        self.position = 0
-
-    def pieces(self, size: int) -> Iterator[memoryview]:
-        """Yield the next `size` bytes, fewer at the end of the stream."""
-        while size:
-            if not self._left:
-                chunk = next(self._chunks, None)
-                if chunk is None:
-                    return
-                self._left.append(memoryview(chunk))
-            piece = self._left.popleft()
-            if len(piece) > size:
-                self._left.appendleft(piece[size:])
-                piece = piece[:size]
-            size -= len(piece)
-            self.position += len(piece)
-            yield piece
-
-    def peek(self, size: int) -> bytes:
-        """Return the next `size` bytes, fewer at the end of the stream, without taking them."""
-        taken = b"".join(self.pieces(size))
-        self.position -= len(taken)
-        self._left.appendleft(memoryview(taken))
-        return taken
-
-    def rest(self) -> Iterator[Chunk]:
-        """Yield what has not been taken."""
-        while self._left:
-            yield self._left.popleft()
-        yield from self._chunks
-
-    # What tarfile asks of a file.
-
-    def read(self, size: int, /) -> bytes:
-        return b"".join(self.pieces(size))
-
-    def tell(self) -> int:
-        return self.position
-
-
-def _inflate(chunks: Iterator[Chunk], memory: int) -> Iterator[Chunk]:
-    """Decompress: our own members side by side, anything else as a stream, one step ahead of the reader."""
-    source = _Bytes(chunks)
-    threads = min(processors(), max(1, memory // (4 * MEMBER_SIZE)))
-    yield from in_order(_inflate_member, _members(source), threads=threads, memory=memory)
-    start = source.peek(6)
-    compression = _gzip if source.position else _compression(start)
-    if compression is None:
-        yield from source.rest()
-    elif start:
-        stream = _inflate_stream(source.rest(), compression)
-        yield from ahead(stream, count=max(1, min(4, memory // (2 * _INFLATED_SIZE))))
-
-
-def _members(source: _Bytes) -> Iterator[tuple[int, list[memoryview]]]:
-    """Take the members that state their own length, up to something else or the end."""
-    while True:
-        header = source.peek(_MEMBER_HEADER.size)
-        length = _stated_length(header)
-        if length > _MEMBER_LIMIT or length < _MEMBER_HEADER.size + _MEMBER_TRAILER.size:
-            return
-        pieces = list(source.pieces(length))
-        if sum(map(len, pieces)) < length:
-            message = "it is truncated: its compressed data ends in the middle"
-            raise CorruptCheckpointError(message)
-        # What it inflates to stands at its end; only of a little one is it worth looking.
-        size = int.from_bytes(b"".join(pieces)[-4:], "little") if length <= LITTLE else MEMBER_SIZE
-        yield length + min(size, MEMBER_SIZE), pieces
-
-
-def _stated_length(header: bytes | bytearray) -> int:
-    """The length that one of our members states, 0 for anything else."""
-    if len(header) < _MEMBER_HEADER.size or not header.startswith(_GZIP_MAGIC):
-        return 0
-    _, _, _, _, _, mark, _, length = _MEMBER_HEADER.unpack_from(header)
-    return int(length) if mark == _MEMBER_MARK else 0
-
-
-def _inflate_member(pieces: list[memoryview]) -> bytes:
-    member = memoryview(b"".join(pieces)) if len(pieces) > 1 else pieces[0]
-    crc, size = _MEMBER_TRAILER.unpack(member[-_MEMBER_TRAILER.size :])
-    if size > _MEMBER_LIMIT:
-        message = "its compressed data is damaged (a member of an impossible size)"
-        raise CorruptCheckpointError(message)
-    engine = deflate.decompressobj(-zlib.MAX_WBITS)
-    try:
-        data = engine.decompress(member[_MEMBER_HEADER.size : -_MEMBER_TRAILER.size], size + 1)
-    except _DeflateError as error:
-        message = f"its compressed data is damaged ({error})"
-        raise CorruptCheckpointError(message) from error
-    if not engine.eof or engine.unused_data or len(data) != size or deflate.crc32(data) != crc:
-        message = "its compressed data is damaged or truncated (checksum or length differ)"
-        raise CorruptCheckpointError(message)
-    return data
-
-
-def _inflate_stream(chunks: Iterator[Chunk], compression: Callable[[], _Decompressor]) -> Iterator[bytes]:
-    """Decompress a stream of one or many members, none of which may be cut short."""
-    engine: _Decompressor | None = None
-    for piece in itertools.chain.from_iterable(map(_small, chunks)):
-        data = piece
-        while data or not (engine is None or engine.eof or engine.needs_input):
-            if engine is None or engine.eof:
-                # Zeros between and after members are padding.
-                data = data.lstrip(b"\0")
-                if not data:
-                    break
-                engine = compression()
-            try:
-                out = engine.decompress(data, _INFLATED_SIZE)
-            except _DECOMPRESSION_ERRORS as error:
-                message = f"its compressed data is damaged ({error})"
-                raise CorruptCheckpointError(message) from error
-            data = engine.unused_data if engine.eof else b""
-            if out:
-                yield out
-    if engine is not None and not engine.eof:
-        message = "it is truncated: its compressed data ends in the middle"
-        raise CorruptCheckpointError(message)
-
-
-# What a decompressor of a stream takes and gives at a time. zlib copies what it has not used yet at every step.
-_DEFLATED_SIZE = 1 << 20
-_INFLATED_SIZE = 2 << 20
-
-
-def _small(chunk: Chunk) -> Iterator[bytes]:
-    for start in range(0, len(chunk), _DEFLATED_SIZE):
-        yield bytes(chunk[start : start + _DEFLATED_SIZE])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -684,7 +328,7 @@ def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[En
     UnsafeCheckpointError
         If an entry lies outside the archive's folder, or is a device or a fifo.
     """
-    stream = _Bytes(_inflate(iter(chunks), memory))
+    stream = ByteStream(inflated(iter(chunks), memory))
     with _damage_reported():
         tar = tarfile.TarFile(fileobj=cast("IO[bytes]", stream), tarinfo=_StrictTarInfo, errorlevel=2)
     members = iter(tar)
@@ -710,7 +354,7 @@ def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[En
         pass
 
 
-def _skip(stream: _Bytes, position: int) -> None:
+def _skip(stream: ByteStream, position: int) -> None:
     """Pass over what nobody has read of an entry's content, and over its padding."""
     for _ in stream.pieces(position - stream.position):
         pass
@@ -719,7 +363,7 @@ def _skip(stream: _Bytes, position: int) -> None:
         raise CorruptCheckpointError(message)
 
 
-def _content(stream: _Bytes, info: tarfile.TarInfo) -> Iterator[Chunk]:
+def _content(stream: ByteStream, info: tarfile.TarInfo) -> Iterator[Chunk]:
     if not info.isreg():
         return
     if stream.position != info.offset_data:

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flytekit_ckpt import archive, storage
-from flytekit_ckpt.archive import Kind, Unit
-from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, safe_name, scan_folder, stream_entry, unpack
+from flytekit_ckpt import archive, members, storage
+from flytekit_ckpt.archive import Unit
+from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, file_chunks, safe_name, scan_folder, stream_entry, unpack
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, StorageError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk, Range, in_order
+from flytekit_ckpt.recognition import Kind, recognise
 from flytekit_ckpt.storage import Settings
 
 logger = logging.getLogger("flytekit_ckpt")
@@ -39,6 +40,13 @@ LEGACY_PAYLOAD_NAME = "_dst_cp"
 
 OBJECT_NAME = "_flytecheckpoints"
 """Name of the object inside a local destination that is a folder with something in it."""
+
+READ_TWICE = 1 << 30
+"""Bytes that a file may have to be read once more for its checksum, where that must be known before it is sent."""
+
+# What is kept as an object's metadata, where the storage keeps any: the shape, and the CRC-32 of a payload's bytes.
+_SHAPE = "shape"
+_CRC32 = "crc32"
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ def put_payload(
     settings: Settings,
     *,
     size: int | None = None,
+    file: Path | None = None,
     keep_archives: bool = False,
     callback: Callback | None = None,
 ) -> storage.Written:
@@ -138,6 +147,8 @@ def put_payload(
     size : int, optional
         Bytes of the payload, where known. A wrapped payload's size must be: where it is not, and only there, the
         payload takes a temporary file.
+    file : pathlib.Path, optional
+        The file that the bytes come from, if they do.
     keep_archives : bool, default False
         Store archives and empty payloads raw too, as Flyte 2 does: it unpacks the ones and ignores the others.
     callback : fsspec callback, optional
@@ -147,16 +158,56 @@ def put_payload(
         if size is not None:
             callback.set_size(size)
         chunks = _told(chunks, callback)
-    kind, stream = archive.recognise(chunks)
-    raw_kinds = {Kind.OTHER, Kind.ARCHIVE, Kind.EMPTY} if keep_archives else {Kind.OTHER}
+    kind, stream = recognise(chunks)
+    raw_kinds = {Kind.OTHER, Kind.GZIP, Kind.ARCHIVE, Kind.EMPTY} if keep_archives else {Kind.OTHER, Kind.GZIP}
     if kind in raw_kinds:
         known_size = None if size is None else lambda: size
-        return _put(uri, stream, settings, "payload", size=known_size)
+        checksum = _Checksum(file, size)
+        return _put(uri, checksum.of(stream), settings, "payload", size=known_size, describe=checksum.described)
     with sized(stream, size) as (content, known):
         entry = stream_entry(PAYLOAD_NAME, content, known)
         entry.info.pax_headers = {PAYLOAD_KEY: "1"}
         packed = archive.pack([entry], memory=settings.share)
-        return _put(uri, packed, settings, "payload", size=lambda: known)
+        return _put(uri, packed, settings, "payload", size=lambda: known, describe=_tree_described)
+
+
+class _Checksum:
+    """The CRC-32 of a payload as it passes, told as soon as it is asked for: some storage must know it beforehand."""
+
+    def __init__(self, file: Path | None, size: int | None) -> None:
+        self._file = file
+        self._size = size
+        self._crc = 0
+        self._is_complete = False
+        self._told: int | None = None
+
+    def of(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        for chunk in chunks:
+            self._crc = members.crc32(chunk, self._crc)
+            yield chunk
+        self._is_complete = True
+        if self._told is not None and self._told != self._crc:
+            message = f"{self._file} was changed while it was being saved: save again"
+            raise CheckpointError(message)
+
+    def described(self) -> storage.Metadata:
+        if self._is_complete:
+            return {_SHAPE: "payload", _CRC32: f"{self._crc:08x}"}
+        if self._file is None or self._size is None or self._size > READ_TWICE:
+            # A stream is gone once it is sent, and to read a large file twice would take too long.
+            return {_SHAPE: "payload"}
+        self._told = functools.reduce(lambda crc, chunk: members.crc32(chunk, crc), self._chunks_again(), 0)
+        return {_SHAPE: "payload", _CRC32: f"{self._told:08x}"}
+
+    def _chunks_again(self) -> Iterator[Chunk]:
+        assert self._file is not None
+        assert self._size is not None
+        return file_chunks(self._file, self._size)
+
+
+def _tree_described() -> storage.Metadata:
+    # Its members carry checksums of their own.
+    return {_SHAPE: "tree"}
 
 
 def put_tree(
@@ -200,7 +251,9 @@ def put_tree(
         progress=callback.relative_update if callback is not None else lambda _: None,
     )
     before = 0 if carried is None else carried.size
-    written = _put(uri, packed, settings, "tree", size=lambda: size() + before, previous=carried)
+    written = _put(
+        uri, packed, settings, "tree", size=lambda: size() + before, previous=carried, describe=_tree_described
+    )
     return written, units
 
 
@@ -231,11 +284,12 @@ def _put(
     shape: str,
     *,
     size: Callable[[], int] | None,
+    describe: Callable[[], storage.Metadata],
     previous: storage.Written | None = None,
 ) -> storage.Written:
     started = time.perf_counter()
     target = storage.at(_written_uri(uri), settings)
-    written = target.put(chunks, size=size, previous=previous)
+    written = target.put(chunks, size=size, previous=previous, describe=describe)
     Event("saved", shape, written.size, time.perf_counter() - started, storage.public(target.uri)).log()
     return written
 
@@ -289,10 +343,17 @@ def get(uri: str, settings: Settings, callback: Callback | None = None) -> Paylo
 
 
 def _meaning(uri: str, stored: storage.Stored, content: Iterator[Chunk], settings: Settings) -> Payload | Tree | None:
-    kind, chunks = archive.recognise(content)
+    shape, crc = stored.metadata.get(_SHAPE), stored.metadata.get(_CRC32)
+    kind, chunks = recognise(content if crc is None else _checked(uri, content, crc))
+    if shape == "tree" and kind is not Kind.ARCHIVE:
+        message = f"it was saved as an archive and is none any more: it is damaged. {_replaced(uri)}"
+        raise CorruptCheckpointError(message)
     if kind is Kind.EMPTY:
         return None
-    if kind in (Kind.OTHER, Kind.ZEROS):
+    if kind is Kind.GZIP and shape is None:
+        # Perhaps the beginning of an archive is damaged: then it is damaged as a gzip file too.
+        chunks = members.intact(chunks)
+    if kind in (Kind.OTHER, Kind.GZIP, Kind.ZEROS):
         return Payload(stored.size, _exactly(uri, chunks, stored.size), stored.version)
     entries = _named(uri, archive.read(chunks, memory=settings.share))
     first = next(entries, None)
@@ -308,12 +369,31 @@ def get_unit(uri: str, unit: Unit, written: storage.Written, settings: Settings)
     return _named(uri, archive.read(itertools.chain(members, [archive.end_of_archive()]), memory=settings.share))
 
 
+def _checked(uri: str, chunks: Iterator[Chunk], stated: str) -> Iterator[Chunk]:
+    """Pass an object's bytes on, and compare their checksum with the one that was kept with them."""
+    crc = 0
+    for chunk in chunks:
+        crc = members.crc32(chunk, crc)
+        yield chunk
+    if f"{crc:08x}" != stated:
+        message = f"its bytes are not those that were saved (their CRC-32 is {crc:08x}, not {stated}). {_replaced(uri)}"
+        raise CorruptCheckpointError(message)
+
+
+def _replaced(uri: str) -> str:
+    # Others write into a file that is there, and its attributes stay.
+    path = storage.local_path(uri)
+    command = "" if path is None else f": `setfattr -x {storage.ATTRIBUTE} {path}`"
+    return f"If another program has written it since, remove what is kept with it{command}"
+
+
 def _exactly(uri: str, chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
     """Pass a payload on; raw bytes carry no checksum, but their number is known."""
     seen = 0
-    for chunk in chunks:
-        seen += len(chunk)
-        yield chunk
+    with naming(uri):
+        for chunk in chunks:
+            seen += len(chunk)
+            yield chunk
     if seen != size:
         message = f"cannot read {storage.public(uri)}: it ended after {seen} of {size} bytes. Try again"
         raise StorageError(message)

@@ -182,6 +182,7 @@ class Checkpoint(BaseCheckpoint):
         """
         dest, settings = self._checkpoint_dest, self._settings
         chunks: Iterable[Chunk]
+        file: Path | None = None
         if not isinstance(data, (str, os.PathLike)):
             content = layout.as_bytes(data)
             chunks, length = [content], len(content)
@@ -194,8 +195,8 @@ class Checkpoint(BaseCheckpoint):
             if not path.is_file():
                 raise layout.not_savable(path)
             length = path.stat().st_size
-            chunks = file_chunks(path, length)
-        layout.put_payload(dest, chunks, settings, size=length, keep_archives=True, callback=callback)
+            file, chunks = path, file_chunks(path, length)
+        layout.put_payload(dest, chunks, settings, size=length, file=file, keep_archives=True, callback=callback)
 
 
 class PayloadPath(PosixPath):

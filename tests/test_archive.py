@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flytekit_ckpt import archive
-from flytekit_ckpt.archive import Kind
+from flytekit_ckpt import members as gzip_members
 from flytekit_ckpt.entries import scan_folder, stream_entry, unpack
 from flytekit_ckpt.errors import CorruptCheckpointError
+from flytekit_ckpt.recognition import Kind, recognise
 from tests.trees import Tree, look, make, trees
 
 modestly = settings(
@@ -62,7 +63,7 @@ def entries(content: bytes, chunk_size: int = 1 << 16) -> list[tuple[object, ...
 
 
 def kind(content: bytes) -> Kind:
-    return archive.recognise([content])[0]
+    return recognise([content])[0]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_every_member_states_its_length_inflates_alone_and_is_small(tmp_path: Pa
     source = make(tmp_path / "source", {"a": random.Random(2).randbytes(9_000_000), "b": bytes(5_000_000)})
     content = ours(source)
     plain_members = [gzip.decompress(member) for member in members(content)]
-    assert all(len(member) <= archive.MEMBER_SIZE + tarfile.RECORDSIZE for member in plain_members)
+    assert all(len(member) <= gzip_members.MEMBER_SIZE + tarfile.RECORDSIZE for member in plain_members)
     assert len(plain_members) == 5 + 3 + 1
     assert b"".join(plain_members) == gzip.decompress(content)
 
@@ -122,8 +123,8 @@ def test_a_large_entry_starts_a_member_and_small_ones_share_one(tmp_path: Path) 
 @pytest.mark.parametrize("engine", ["isal", "zlib"])
 def test_what_does_not_shrink_is_stored(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine == "zlib":
-        monkeypatch.setattr(archive, "deflate", zlib)
-        monkeypatch.setattr(archive, "igzip_lib", None)
+        monkeypatch.setattr(gzip_members, "deflate", zlib)
+        monkeypatch.setattr(gzip_members, "igzip_lib", None)
     noise = random.Random(2).randbytes(3_000_000)
     # Exponents that hardly vary, as in a model's weights: a tenth of the bytes could be saved, and no more.
     weights = bytearray(noise)
@@ -139,7 +140,7 @@ def test_what_does_not_shrink_is_stored(engine: str, tmp_path: Path, monkeypatch
 
 
 def test_what_shrinks_in_samples_only_is_stored(tmp_path: Path) -> None:
-    content = bytearray(random.Random(2).randbytes(archive.MEMBER_SIZE))
+    content = bytearray(random.Random(2).randbytes(gzip_members.MEMBER_SIZE))
     for start in range(0, len(content), len(content) // 4):
         content[start : start + 8192] = bytes(8192)
     packed = ours(make(tmp_path / "source", {"a": bytes(content)}))
@@ -162,8 +163,8 @@ ENGINES = """
 import sys
 from pathlib import Path
 sys.modules.update(dict.fromkeys(sys.argv[1].split()))
-from flytekit_ckpt import archive, entries
-assert archive.deflate.__name__ == ("zlib" if "isal" in sys.argv[1].split() else "isal.isal_zlib")
+from flytekit_ckpt import archive, entries, members
+assert members.deflate.__name__ == ("zlib" if "isal" in sys.argv[1].split() else "isal.isal_zlib")
 source, made, other, target = map(Path, sys.argv[2:])
 made.write_bytes(b"".join(archive.pack(entries.scan_folder(source))))
 if other.exists():
@@ -192,9 +193,9 @@ def test_without_isal_the_format_is_the_same(tmp_path: Path) -> None:
 
 def test_an_archive_of_very_many_members_is_read_in_little_memory() -> None:
     """A member more must not leave anything behind: an archive may have a million of them."""
-    content = archive._member(memoryview(bytes(100))) * 10_000
+    content = gzip_members.member(memoryview(bytes(100))) * 10_000
     tracemalloc.start()
-    read = sum(map(len, archive._inflate(iter([content]), 8 << 20)))
+    read = sum(map(len, gzip_members.inflated(iter([content]), 8 << 20)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert read == 1_000_000
@@ -277,7 +278,7 @@ def test_chunks_may_be_cut_anywhere(folder: Path, size: int) -> None:
     content = ours(folder)
     assert entries(content, size) == entries(content)
     pieces = [content[start : start + size] for start in range(0, len(content), size)]
-    found, again = archive.recognise(pieces)
+    found, again = recognise(pieces)
     assert found is Kind.ARCHIVE
     assert b"".join(again) == content
 
@@ -291,7 +292,7 @@ def test_every_truncation_is_an_error(pack: object, folder: Path) -> None:
     @example(2)
     @example(len(content) - 1)
     def check(length: int) -> None:
-        assert kind(content[:length]) in (Kind.ARCHIVE, Kind.BROKEN_GZIP)
+        assert kind(content[:length]) in (Kind.ARCHIVE, Kind.DAMAGED)
         with pytest.raises(CorruptCheckpointError):
             entries(content[:length])
 
@@ -354,7 +355,7 @@ def test_what_looks_like_an_archive_is_what_tarfile_opens(content: bytes) -> Non
     try:
         is_tar = tarfile.is_tarfile(io.BytesIO(content))
     except EOFError:
-        assert kind(content) is Kind.BROKEN_GZIP
+        assert kind(content) is Kind.DAMAGED
         return
     assert is_tar == (kind(content) in (Kind.ARCHIVE, Kind.ZEROS, Kind.COMPRESSED_ZEROS))
     assert (kind(content) is Kind.EMPTY) == (not content)
@@ -364,7 +365,7 @@ def test_what_looks_like_an_archive_is_what_tarfile_opens(content: bytes) -> Non
 @pytest.mark.parametrize("first_chunk", [1, 5, 600, 10_000_000])
 def test_an_archive_is_recognised_from_chunks_of_any_size(compression: str, first_chunk: int, folder: Path) -> None:
     content = theirs(folder, compression) if compression else plain(folder)
-    found, again = archive.recognise(iter([content[:first_chunk], content[first_chunk:]]))
+    found, again = recognise(iter([content[:first_chunk], content[first_chunk:]]))
     assert found is Kind.ARCHIVE
     assert b"".join(again) == content
 
