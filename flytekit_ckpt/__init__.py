@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flytekit_ckpt.errors import FlyteRecoverableException as FlyteRecoverableException
     from flytekit_ckpt.errors import StorageError as StorageError
     from flytekit_ckpt.errors import UnsafeCheckpointError as UnsafeCheckpointError
+    from flytekit_ckpt.termination import on_termination as on_termination
     from flytekit_ckpt.v2 import latest_checkpoint as latest_checkpoint
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOMES = {
     "StorageError": "errors",
     "UnsafeCheckpointError": "errors",
     "latest_checkpoint": "v2",
+    "on_termination": "termination",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list, though not a literal one
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from flytekit_ckpt import layout, storage
 from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.entries import Entry, file_entry, folder_size, in_part, scan_folder, stream_entry
+from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk
 from flytekit_ckpt.storage import Settings
 
@@ -38,14 +39,11 @@ class Destination:
         self._written: storage.Written | None = None
         # The units of a tree; none while the object is a payload.
         self._units: list[Unit] = []
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            return {**vars(self), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+            return dict(vars(self))
 
     def save_bytes(self, content: bytes) -> None:
         """Save bytes as the entry `_dst_cp`."""
@@ -114,7 +112,8 @@ class Destination:
         """What the object written last holds."""
         if self._units:
             return self._units
-        found = layout.get(self._uri, self._settings)
+        # A limit is for what others have written.
+        found = layout.get(self._uri, replace(self._settings, restore_limit=None))
         if found is None or found.version != written.version:
             raise storage.overwritten(self._uri)
         if isinstance(found, layout.Payload):

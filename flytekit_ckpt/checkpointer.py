@@ -5,14 +5,17 @@ Replaces `flytekit.core.checkpointer`: same names, signatures and behaviour.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from flytekit_ckpt import adapter, layout, storage
+from flytekit_ckpt import adapter, layout, restoration, storage, termination
+from flytekit_ckpt.carry import Carry
+from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback
 
@@ -60,6 +63,16 @@ class SyncCheckpoint(Checkpoint):
     memory_budget : int, keyword only, default 256 MiB
         Bytes that one save or load may hold in memory, however large the checkpoint. On S3, three parts are held in any
         case: of 8 MiB each, or of a ten-thousandth of an object above 80 GB.
+    retries : int, keyword only, default 8
+        Times that a request to an object store is repeated after a failure that may pass.
+    timeout : float, keyword only, default 60
+        Seconds that an object store may be silent before a request counts as failed.
+    restore_limit : int, keyword only, optional
+        Bytes that the files of the previous checkpoint may have to be restored; more is an `UnsafeCheckpointError`. As
+        much as the disk has room for if not given.
+    carry_forward : bool, keyword only, default True
+        Whether the previous checkpoint, once loaded, is copied to `checkpoint_dest` behind the caller, unless something
+        is there or is being saved: so that an attempt which dies before its first save does not lose it.
 
     Examples
     --------
@@ -79,22 +92,24 @@ class SyncCheckpoint(Checkpoint):
         *,
         storage_options: StorageOptions | None = None,
         memory_budget: int = MEMORY_BUDGET,
+        retries: int = storage.RETRIES,
+        timeout: float = storage.TIMEOUT,
+        restore_limit: int | None = None,
+        carry_forward: bool = True,
     ) -> None:
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
-        self._settings = storage.Settings(storage_options or {}, memory_budget)
+        self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
+        self._carry = Carry(self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward)
         self._destination = adapter.Destination(self._checkpoint_dest, self._settings)
         self._restored: Path | None = None
         self._restored_names: list[str] = []
         self._was_read = False
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it restores anew, and goes on with what has been saved.
-        return {**vars(self), "_restored": None, "_restored_names": [], "_was_read": False, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        return {**vars(self), "_restored": None, "_restored_names": [], "_was_read": False}
 
     def prev_exists(self) -> bool:
         """Tell whether a source was given; whether a checkpoint is there, only `read` or `restore` can tell."""
@@ -139,12 +154,13 @@ class SyncCheckpoint(Checkpoint):
                 layout.log_nothing(self._checkpoint_src)
                 return None
             if folder is None:
-                folder = layout.workspace(self, "flytekit_ckpt-") / self.SRC_LOCAL_FOLDER
+                folder = restoration.workspace(self, "flytekit_ckpt-") / self.SRC_LOCAL_FOLDER
                 folder.mkdir()
-            self._restored_names = layout.restore(
+            self._restored_names = restoration.restore(
                 self._checkpoint_src, found, self.TMP_DST_PATH, folder, self._settings
             )
             self._restored = folder
+            self._carry.begin()
             return folder
 
     def save(self, cp: Path | str | io.BufferedReader, *, callback: Callback | None = None) -> None:
@@ -176,16 +192,19 @@ class SyncCheckpoint(Checkpoint):
         if isinstance(cp, (str, Path)):
             path = Path(cp)
             if path.is_dir():
-                self._destination.save_folder(path, callback)
+                save = self._destination.save_folder
             elif path.is_file():
-                self._destination.save_file(path, callback)
+                save = self._destination.save_file
             else:
                 raise layout.not_savable(path)
+            with self._saving():
+                save(path, callback)
         elif isinstance(cp, io.TextIOBase):
             message = "a checkpoint is bytes, but the reader gives text: open it in binary mode"
             raise TypeError(message)
         elif isinstance(cp, io.IOBase):
-            self._destination.save_reader(cast("IO[bytes]", cp), callback)
+            with self._saving():
+                self._destination.save_reader(cast("IO[bytes]", cp), callback)
         else:
             message = f"Only a valid path or IOBase type (reader) should be provided, received {type(cp)}"
             raise ValueError(message)  # noqa: TRY004 - flytekit's error for it
@@ -218,7 +237,9 @@ class SyncCheckpoint(Checkpoint):
                 layout.log_nothing(self._checkpoint_src)
                 return None
             self._was_read = True
-            return adapter.read_single(self._checkpoint_src, found)
+            content = adapter.read_single(self._checkpoint_src, found)
+            self._carry.begin()
+            return content
 
     def write(self, b: bytes) -> None:
         """Add bytes to this attempt's checkpoint as `_dst_cp`, in place of those written before, and store it.
@@ -235,4 +256,11 @@ class SyncCheckpoint(Checkpoint):
         StorageError
             If it cannot be stored; what was stored before stays.
         """
-        self._destination.save_bytes(layout.as_bytes(b))
+        content = layout.as_bytes(b)
+        with self._saving():
+            self._destination.save_bytes(content)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        with termination.saving(), self._carry.making_way():
+            yield

@@ -62,6 +62,10 @@ def _unavailable() -> errors.CheckpointUnavailableError:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Keyword arguments of either face, as `install` was given them.
+_options: dict[str, Any] = {}
+
+
 class _Attempt:
     """One attempt's checkpoint: both faces of it, each made when it is first asked for."""
 
@@ -70,11 +74,11 @@ class _Attempt:
 
     @functools.cached_property
     def legacy(self) -> SyncCheckpoint:
-        return SyncCheckpoint(*self._places)
+        return SyncCheckpoint(*self._places, **_options)
 
     @functools.cached_property
     def new(self) -> v2.Checkpoint:
-        return v2.Checkpoint(*self._places)
+        return v2.Checkpoint(*self._places, **_options)
 
 
 # For whoever asks first, and for taking names over: every thread must see the same.
@@ -151,7 +155,7 @@ def _taken_over(theirs: Any) -> Checkpoint:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def install() -> None:
+def install(**options: Any) -> None:
     """Have programs that import flytekit or flyte use this package's checkpoints, unchanged.
 
     Takes the place of flytekit's `Checkpoint` and `SyncCheckpoint` wherever they were imported to, and of
@@ -161,12 +165,25 @@ def install() -> None:
     It may be called more than once, from any thread, before or after flytekit, flyte, flyte-migrate or the tasks were
     imported, and with any of them missing; it imports none of them.
 
+    Parameters
+    ----------
+    **options
+        Keyword arguments of `SyncCheckpoint` and `v2.Checkpoint`, which are the same, such as `retries=20`, for the
+        checkpoints of task attempts. They stay until they are given anew.
+
+    Raises
+    ------
+    TypeError
+        If there is no such option.
+
     See Also
     --------
     flytekit_ckpt.auto : does this when it is imported.
     """
     import wrapt
 
+    SyncCheckpoint("", **options)
+    _options.update(options)
     for name in _PATCHES:
         if sys.modules.get(name) is not None:
             # Waits for a thread that is in the midst of importing it.
@@ -193,6 +210,7 @@ def uninstall() -> None:
     """
     with _lock:
         _installed.clear()
+        _options.clear()
         theirs = {id(change.ours): change.theirs for change in _changes.values()}
         for (owner, name), change in _changes.items():
             # What has been replaced once more is someone else's.

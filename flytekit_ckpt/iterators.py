@@ -5,26 +5,21 @@ Takes the place of `datarax.checkpoint.iterators`.
 
 from __future__ import annotations
 
-import concurrent.futures
-import logging
 import operator
 import os
 import re
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from flytekit_ckpt import layout, state, storage
+from flytekit_ckpt import layout, state, storage, termination
+from flytekit_ckpt.background import Behind
 from flytekit_ckpt.entries import stream_entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET
-
-logger = logging.getLogger("flytekit_ckpt")
 
 Metadata = Mapping[str, int | str | float | bool]
 """What a checkpoint may carry beside the state."""
@@ -89,6 +84,12 @@ class StateHandler:
         Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
     memory_budget : int, keyword only, default 256 MiB
         Bytes that one save or load may hold in memory beside the state itself.
+    retries : int, keyword only, default 8
+        Times that a request to an object store is repeated after a failure that may pass.
+    timeout : float, keyword only, default 60
+        Seconds that an object store may be silent before a request counts as failed.
+    restore_limit : int, keyword only, optional
+        Bytes that the files of a state may have to be restored; more is an `UnsafeCheckpointError`. Any if not given.
     """
 
     def __init__(
@@ -97,10 +98,13 @@ class StateHandler:
         *,
         storage_options: StorageOptions | None = None,
         memory_budget: int = MEMORY_BUDGET,
+        retries: int = storage.RETRIES,
+        timeout: float = storage.TIMEOUT,
+        restore_limit: int | None = None,
     ) -> None:
         self.async_checkpointing = async_checkpointing
-        self._settings = storage.Settings(storage_options or {}, memory_budget)
-        self._behind = _Behind() if async_checkpointing else None
+        self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
+        self._behind = Behind() if async_checkpointing else None
 
     def save_to_directory(
         self,
@@ -167,7 +171,8 @@ class StateHandler:
                         self._at(_join(base, f"ckpt-{old}")).remove()
 
         if self._behind is None:
-            save()
+            with termination.saving():
+                save()
         else:
             self._behind.do(save)
         return uri
@@ -330,73 +335,6 @@ def _checked(step: int) -> int:
 def _steps(names: list[str]) -> list[int]:
     """Give the steps among the names of objects, ascending."""
     return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
-
-
-class _Behind:
-    """Does what it is given in a thread, in order; keeps the first error for whoever asks next."""
-
-    # The states that wait are in memory: one that is being saved, and the next one.
-    LIMIT = 2
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._process = os.getpid()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "flytekit_ckpt-save")
-        self._waiting: deque[concurrent.futures.Future[None]] = deque()
-        self._error: BaseException | None = None
-
-    def do(self, save: Callable[[], None]) -> None:
-        self._check()
-        while len(self._waiting) >= self.LIMIT:
-            self._waiting.popleft().result()
-        future = self._thread.submit(self._run, save)
-        self._waiting.append(future)
-        _unfinished.add(future)
-        future.add_done_callback(_unfinished.discard)
-
-    def wait(self) -> None:
-        if self._process == os.getpid():
-            concurrent.futures.wait(self._waiting)
-        self._check()
-
-    def close(self) -> None:
-        if self._process == os.getpid():
-            self._thread.shutdown()
-        self._check()
-
-    def _run(self, save: Callable[[], None]) -> None:
-        try:
-            save()
-        except BaseException as error:
-            # Whoever never asks should find it in the log.
-            logger.exception("an iterator's checkpoint was not saved")
-            self._error = self._error or error
-
-    def _check(self) -> None:
-        """Raise what failed."""
-        if self._process != os.getpid():
-            # A fork has no threads; what they were saving, the process that it was forked from saves.
-            self._begin()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-
-_unfinished: set[concurrent.futures.Future[None]] = set()
-
-
-os.register_at_fork(after_in_child=_unfinished.clear)
-
-
-def _finish() -> None:
-    concurrent.futures.wait(list(_unfinished))
-
-
-# Before the interpreter forbids new work to threads, which saving needs; `atexit` comes after that. The exit functions
-# of `threading` are called in reverse order, and that of concurrent.futures is there since it was imported.
-threading._register_atexit(_finish)  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,24 +13,24 @@ import functools
 import itertools
 import logging
 import os
-import shutil
-import stat
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from flytekit_ckpt import archive, members, storage
 from flytekit_ckpt.archive import Unit
-from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, file_chunks, safe_name, scan_folder, stream_entry, unpack
-from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, StorageError
+from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, file_chunks, safe_name, scan_folder, stream_entry
+from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, StorageError, UnsafeCheckpointError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk, Range, in_order
 from flytekit_ckpt.recognition import Kind, recognise
 from flytekit_ckpt.storage import Settings
 
 logger = logging.getLogger("flytekit_ckpt")
+
+_Item = TypeVar("_Item")
 
 PAYLOAD_NAME = "payload"
 """File that a payload loads to in the new face, and the member that holds a wrapped one."""
@@ -327,19 +327,56 @@ def get(uri: str, settings: Settings, callback: Callback | None = None) -> Paylo
         Now, or while the content is read; both name the URI.
     """
     with naming(uri):
-        path = storage.local_path(uri)
-        if path is not None and path.is_dir():
-            if not (path / OBJECT_NAME).is_file():
-                return _told_of_files(_local_folder(path), callback)
-            uri = str(path / OBJECT_NAME)
-        stored = storage.at(uri, settings).get()
-        if stored is None:
-            return None if path is not None else _told_of_files(_remote_folder(uri, settings), callback)
-        chunks = stored.chunks
-        if callback is not None:
-            callback.set_size(stored.size)
-            chunks = _told(chunks, callback)
-        return _meaning(uri, stored, chunks, settings)
+        return _limited(uri, _found(uri, settings, callback), settings.restore_limit)
+
+
+def _found(uri: str, settings: Settings, callback: Callback | None) -> Payload | Tree | None:
+    path, is_folder = _located(uri)
+    if path is not None and is_folder:
+        return _told_of_files(_local_folder(path), callback)
+    stored = storage.at(uri if path is None else str(path), settings).get()
+    if stored is None:
+        return None if path is not None else _told_of_files(_remote_folder(uri, settings), callback)
+    chunks = stored.chunks
+    if callback is not None:
+        callback.set_size(stored.size)
+        chunks = _told(chunks, callback)
+    return _meaning(uri, stored, chunks, settings)
+
+
+def _located(uri: str) -> tuple[Path | None, bool]:
+    """Return the local path to read, if it is one, and whether that is a folder of loose files."""
+    path = storage.local_path(uri)
+    if path is None or not path.is_dir():
+        return path, False
+    return (path / OBJECT_NAME, False) if (path / OBJECT_NAME).is_file() else (path, True)
+
+
+def _limited(uri: str, found: Payload | Tree | None, limit: int | None) -> Payload | Tree | None:
+    """Refuse what is larger than the user takes, before it is written or held in memory."""
+    if limit is None or found is None:
+        return found
+
+    def refused() -> UnsafeCheckpointError:
+        message = (
+            f"the checkpoint at {storage.public(uri)} holds more than the {limit} bytes that `restore_limit` allows. "
+            "Nothing was restored; raise the limit if you trust it"
+        )
+        return UnsafeCheckpointError(message)
+
+    def counted(entries: Iterator[Entry]) -> Iterator[Entry]:
+        size = 0
+        for entry in entries:
+            size += entry.info.size if entry.info.isreg() else 0
+            if size > limit:
+                raise refused()
+            yield entry
+
+    if isinstance(found, Tree):
+        return replace(found, entries=counted(found.entries))
+    if found.size > limit:
+        raise refused()
+    return found
 
 
 def _meaning(uri: str, stored: storage.Stored, content: Iterator[Chunk], settings: Settings) -> Payload | Tree | None:
@@ -360,6 +397,47 @@ def _meaning(uri: str, stored: storage.Stored, content: Iterator[Chunk], setting
     if first is not None and first.is_payload:
         return Payload(first.info.size, _single(uri, first, entries), stored.version)
     return Tree(entries if first is None else _first_then(first, entries), stored.version)
+
+
+def copy(source: str, destination: str, settings: Settings, given_up: Callable[[], bool]) -> bool:
+    """Copy a checkpoint as it is, unless something is at the destination; what flytekit 1 left becomes one object.
+
+    Parameters
+    ----------
+    source, destination : str
+        URIs.
+    settings : Settings
+        How both are reached.
+    given_up : callable
+        Asked again and again whether to leave it, which raises `storage.GivenUpError`.
+
+    Returns
+    -------
+    bool
+        Whether it was copied.
+    """
+    target = storage.at(_written_uri(destination), settings)
+    local = storage.local_path(destination)
+    if target.exists() or (local is not None and local.is_dir() and any(local.iterdir())):
+        return False
+    path, is_folder = _located(source)
+    item = storage.at(source if path is None else str(path), settings)
+    if not is_folder and item.exists():
+        item.copy_to(target, given_up)
+        return True
+    found = get(source, replace(settings, restore_limit=None))
+    if isinstance(found, Payload):
+        put_payload(destination, _unless(given_up, found.chunks), settings, size=found.size)
+    elif isinstance(found, Tree):
+        put_tree(destination, _unless(given_up, found.entries), settings, size=lambda: 0)
+    return found is not None
+
+
+def _unless(given_up: Callable[[], bool], items: Iterator[_Item]) -> Iterator[_Item]:
+    for item in items:
+        if given_up():
+            raise storage.GivenUpError
+        yield item
 
 
 def get_unit(uri: str, unit: Unit, written: storage.Written, settings: Settings) -> Iterator[Entry]:
@@ -495,142 +573,6 @@ def naming(uri: str) -> Iterator[None]:
         raise type(error)(message) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Restoring
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def restore(
-    uri: str,
-    found: Payload | Tree,
-    payload_name: str,
-    folder: Path,
-    settings: Settings,
-    *,
-    emptied: bool = False,
-) -> list[str]:
-    """Write a checkpoint into a folder, all of it or nothing; files of the same names are replaced.
-
-    Parameters
-    ----------
-    uri : str
-        Where it came from, for messages.
-    found : Payload or Tree
-        The checkpoint, as `get` opened it.
-    payload_name : str
-        File name for a payload.
-    folder : pathlib.Path
-        An existing folder.
-    settings : Settings
-        How much memory there is.
-    emptied : bool, default False
-        Whether what lay in the folder before is removed.
-
-    Returns
-    -------
-    list of str
-        The checkpoint's top-level entries.
-    """
-    started = time.perf_counter()
-    seen = _Counter()
-    if isinstance(found, Payload):
-        entries: Iterable[Entry] = [stream_entry(payload_name, found.chunks, found.size)]
-    else:
-        entries = found.entries
-    with naming(uri), _local_failures(uri, folder):
-        # Inside the folder, so that moving from it is renaming.
-        staging = Path(tempfile.mkdtemp(prefix=".flytekit_ckpt-", dir=folder))
-        try:
-            unpacked = unpack(seen.counting(entries), staging, memory=settings.share // 4)
-            if emptied:
-                _empty(folder, but=staging)
-            for place in _conflicts(staging, folder):
-                message = f"cannot restore {storage.public(uri)}: {place} is in the way. Move it, or restore elsewhere"
-                raise StorageError(message)
-            _place(staging, folder)
-            unpacked.set_folder_attributes(folder)
-        finally:
-            remove_tree(staging)
-    shape = "payload" if isinstance(found, Payload) else "tree"
-    Event("restored", shape, seen.bytes, time.perf_counter() - started, storage.public(uri)).log()
-    return unpacked.names
-
-
 def log_nothing(uri: str) -> None:
     """Log that a restore found no checkpoint."""
     Event("restored", "nothing", 0, 0.0, storage.public(uri)).log()
-
-
-class _Counter:
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def counting(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        for entry in entries:
-            self.bytes += entry.info.size if entry.info.isreg() else 0
-            yield entry
-
-
-@contextlib.contextmanager
-def _local_failures(uri: str, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        message = f"cannot restore {storage.public(uri)} into {folder}: {error}. Check its permissions and free space"
-        raise StorageError(error.errno, message) from error
-
-
-def _empty(folder: Path, but: Path) -> None:
-    for item in os.scandir(folder):
-        if item.is_dir(follow_symlinks=False):
-            if item.name != but.name:
-                remove_tree(Path(item.path))
-        else:
-            os.unlink(item.path)
-
-
-def _conflicts(source: Path, target: Path) -> Iterator[Path]:
-    """Yield what in `target` is a folder where `source` has a file, or the reverse."""
-    for item in os.scandir(source):
-        place = target / item.name
-        if os.path.lexists(place):
-            is_folder = item.is_dir(follow_symlinks=False)
-            if is_folder != place.is_dir() and not (place.is_symlink() and not is_folder):
-                yield place
-            elif is_folder:
-                yield from _conflicts(Path(item.path), place)
-
-
-def _place(source: Path, target: Path) -> None:
-    """Move the contents of a folder into another one on the same disk, merging folders."""
-    for item in os.scandir(source):
-        place = target / item.name
-        if item.is_dir(follow_symlinks=False) and place.is_dir():
-            _place(Path(item.path), place)
-        else:
-            os.replace(item.path, place)
-
-
-def workspace(owner: object, prefix: str) -> Path:
-    """Make a temporary folder that is removed with its owner (in the process that made it)."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    weakref.finalize(owner, _remove_own, folder, os.getpid())
-    return folder
-
-
-def _remove_own(folder: Path, process: int) -> None:
-    if os.getpid() == process:
-        remove_tree(folder)
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder, read-only folders inside it included."""
-    for root, folders, _ in os.walk(folder):
-        for name in folders:
-            path = os.path.join(root, name)
-            with contextlib.suppress(OSError):
-                if not os.path.islink(path):
-                    os.chmod(path, stat.S_IRWXU)
-    shutil.rmtree(folder, ignore_errors=True)

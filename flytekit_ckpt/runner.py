@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flytekit_ckpt import context, errors, layout, storage
+from flytekit_ckpt import context, errors, layout, restoration, storage
 
 
 class TaskFailedError(Exception):
@@ -101,7 +101,7 @@ def run(
 
 def _temporary(stack: contextlib.ExitStack, prefix: str) -> str:
     folder = tempfile.mkdtemp(prefix=prefix)
-    stack.callback(layout.remove_tree, Path(folder))
+    stack.callback(restoration.remove_tree, Path(folder))
     return folder
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path, PosixPath
 from typing import Any
 
-from flytekit_ckpt import layout, storage
+from flytekit_ckpt import layout, restoration, storage, termination
+from flytekit_ckpt.carry import Carry
 from flytekit_ckpt.entries import file_chunks, folder_size, scan_folder
+from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback, Chunk
 
@@ -64,6 +65,16 @@ class Checkpoint(BaseCheckpoint):
     memory_budget : int, keyword only, default 256 MiB
         Bytes that one save or load may hold in memory, however large the checkpoint. On S3, three parts are held in any
         case: of 8 MiB each, or of a ten-thousandth of an object above 80 GB.
+    retries : int, keyword only, default 8
+        Times that a request to an object store is repeated after a failure that may pass.
+    timeout : float, keyword only, default 60
+        Seconds that an object store may be silent before a request counts as failed.
+    restore_limit : int, keyword only, optional
+        Bytes that the files of the previous checkpoint may have to be restored; more is an `UnsafeCheckpointError`. As
+        much as the disk has room for if not given.
+    carry_forward : bool, keyword only, default True
+        Whether the previous checkpoint, once loaded, is copied to `checkpoint_dest` behind the caller, unless something
+        is there or is being saved: so that an attempt which dies before its first save does not lose it.
 
     Examples
     --------
@@ -80,20 +91,22 @@ class Checkpoint(BaseCheckpoint):
         *,
         storage_options: StorageOptions | None = None,
         memory_budget: int = MEMORY_BUDGET,
+        retries: int = storage.RETRIES,
+        timeout: float = storage.TIMEOUT,
+        restore_limit: int | None = None,
+        carry_forward: bool = True,
     ) -> None:
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
-        self._settings = storage.Settings(storage_options or {}, memory_budget)
+        self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
+        self._carry = Carry(self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward)
         self._workspace: Path | None = None
         self._loaded: Path | None = None
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it loads anew.
-        return {**vars(self), "_workspace": None, "_loaded": None, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        return {**vars(self), "_workspace": None, "_loaded": None}
 
     @property
     def remote_destination(self) -> str:
@@ -110,7 +123,7 @@ class Checkpoint(BaseCheckpoint):
         """Local folder that checkpoints are loaded into, temporary, kept as long as this instance."""
         with self._lock:
             if self._workspace is None:
-                self._workspace = layout.workspace(self, "flytekit_ckpt-")
+                self._workspace = restoration.workspace(self, "flytekit_ckpt-")
             return self._workspace
 
     def prev_exists(self) -> bool:
@@ -154,7 +167,10 @@ class Checkpoint(BaseCheckpoint):
             if found is None:
                 layout.log_nothing(self._checkpoint_src)
                 return None
-            layout.restore(self._checkpoint_src, found, layout.PAYLOAD_NAME, self.path, self._settings, emptied=True)
+            restoration.restore(
+                self._checkpoint_src, found, layout.PAYLOAD_NAME, self.path, self._settings, emptied=True
+            )
+            self._carry.begin()
             is_payload = isinstance(found, layout.Payload)
             self._loaded = PayloadPath(self.path / layout.PAYLOAD_NAME) if is_payload else self.path
             return self._loaded
@@ -180,6 +196,10 @@ class Checkpoint(BaseCheckpoint):
         CheckpointError
             If a file shrinks or vanishes while it is being saved; what was stored before stays.
         """
+        with termination.saving(), self._carry.making_way():
+            self._save(data, callback)
+
+    def _save(self, data: Savable, callback: Callback | None) -> None:
         dest, settings = self._checkpoint_dest, self._settings
         chunks: Iterable[Chunk]
         file: Path | None = None

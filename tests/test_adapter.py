@@ -166,7 +166,7 @@ def test_parts_are_carried_on_any_storage_that_fsspec_reaches(tmp_path: Path) ->
         cp.write(b"5")
     target = tmp_path / "target"
     target.mkdir()
-    SyncCheckpoint("unused", uri).restore(target)
+    SyncCheckpoint("", uri).restore(target)
     assert {name: held[1] for name, held in look(target).items()} == {
         "_dst_cp": b"5",
         **{name: held[1] for name, held in look(source).items()},
@@ -174,4 +174,4 @@ def test_parts_are_carried_on_any_storage_that_fsspec_reaches(tmp_path: Path) ->
     SyncCheckpoint(uri).write(b"another writer")
     with pytest.raises(CheckpointError, match="changed by another writer"):
         cp.write(b"6")
-    assert SyncCheckpoint("unused", uri).read() == b"another writer"
+    assert SyncCheckpoint("", uri).read() == b"another writer"

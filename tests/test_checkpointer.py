@@ -45,7 +45,7 @@ def stored(uri: str, place: Place) -> bytes:
 
 
 def restored(uri: str) -> dict[str, tuple[object, ...]]:
-    attempt = SyncCheckpoint("unused", uri)
+    attempt = SyncCheckpoint("", uri)
     folder = attempt.restore()
     assert folder is not None
     return look(folder, modes=False)
@@ -81,11 +81,11 @@ def test_bad_input_is_the_documented_error_and_leaves_what_was_saved(
     checkpoint = SyncCheckpoint(uri)
     with pytest.raises(error):
         call(checkpoint, folder)
-    assert SyncCheckpoint("unused", uri).restore() is None
+    assert SyncCheckpoint("", uri).restore() is None
     checkpoint.write(b"before")
     with pytest.raises(error):
         call(checkpoint, folder)
-    assert SyncCheckpoint("unused", uri).read() == b"before"
+    assert SyncCheckpoint("", uri).read() == b"before"
 
 
 def test_a_reader_that_breaks_leaves_what_was_saved(place: Place) -> None:
@@ -107,7 +107,7 @@ def test_a_reader_that_breaks_leaves_what_was_saved(place: Place) -> None:
     checkpoint.write(b"before")
     with pytest.raises(RuntimeError, match="the user's own reader"):
         checkpoint.save(Broken())  # type: ignore[arg-type]
-    assert SyncCheckpoint("unused", uri).read() == b"before"
+    assert SyncCheckpoint("", uri).read() == b"before"
 
 
 @pytest.mark.parametrize("options", [{}, {"key": "wrong", "secret": "never to be shown"}])
@@ -137,7 +137,7 @@ def test_a_destination_that_cannot_be_written_is_a_storage_error_that_names_it(t
 def test_restoring_to_what_is_no_folder_is_flytekits_value_error(tmp_path: Path) -> None:
     uri = str(tmp_path / "checkpoint")
     SyncCheckpoint(uri).write(b"x")
-    attempt = SyncCheckpoint("unused", uri)
+    attempt = SyncCheckpoint("", uri)
     for path in (tmp_path / "missing", uri):
         with pytest.raises(ValueError, match=r"Checkpoints can be restored to a directory only\."):
             attempt.restore(path)
@@ -172,7 +172,7 @@ def test_an_unsafe_archive_is_refused_and_nothing_is_written(content: bytes, tmp
     source.write_bytes(content)
     target = make(tmp_path / "outer" / "target", {"mine": b"x"})
     with pytest.raises(UnsafeCheckpointError, match=str(source)):
-        SyncCheckpoint("unused", str(source)).restore(target)
+        SyncCheckpoint("", str(source)).restore(target)
     assert look(tmp_path / "outer", modes=False).keys() == {"target", "target/mine"}
 
 
@@ -186,7 +186,7 @@ def test_a_truncated_archive_is_an_error_that_leaves_the_users_folder_as_it_was(
     for cut in (20, 1000, len(content) // 2, len(content) - 1):
         truncated = tmp_path / f"truncated-{cut}"
         truncated.write_bytes(content[:cut])
-        attempt = SyncCheckpoint("unused", str(truncated))
+        attempt = SyncCheckpoint("", str(truncated))
         calls: list[Callable[[], object]] = [attempt.read, attempt.restore, lambda a=attempt: a.restore(target)]
         for call in calls:
             with pytest.raises(CorruptCheckpointError, match=str(truncated)):
@@ -200,7 +200,7 @@ def test_a_conflict_with_the_users_folder_is_an_error_before_anything_is_replace
     target = make(tmp_path / "target", {"a": b"old", "b": b"a file here"})
     before = look(target)
     with pytest.raises(StorageError, match="is in the way"):
-        SyncCheckpoint("unused", uri).restore(target)
+        SyncCheckpoint("", uri).restore(target)
     assert look(target) == before
 
 
@@ -257,7 +257,7 @@ def test_another_writers_object_is_not_taken_for_the_own_one(place: Place, tmp_p
     SyncCheckpoint(uri).write(b"another writer")
     with pytest.raises(CheckpointError, match="changed by another writer"):
         checkpoint.write(b"2")
-    assert SyncCheckpoint("unused", uri).read() == b"another writer"
+    assert SyncCheckpoint("", uri).read() == b"another writer"
 
 
 @pytest.mark.parametrize("content", [b"plain", b"", bytes(600), archive_with("x")])
@@ -281,7 +281,7 @@ def test_a_reader_that_cannot_seek_is_saved_whole(
 def test_anything_bytes_like_is_written(content: bytes, place: Place) -> None:
     uri = place.uri()
     SyncCheckpoint(uri).write(content)
-    assert SyncCheckpoint("unused", uri).read() == b"abc"
+    assert SyncCheckpoint("", uri).read() == b"abc"
 
 
 def test_a_folder_that_changes_while_it_is_saved_leaves_what_was_saved(place: Place, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_folder_that_changes_while_it_is_saved_leaves_what_was_saved(place: Pl
 def test_an_empty_directory_at_the_destination_is_replaced(tmp_path: Path) -> None:
     uri = tmp_path / "__cp"
     uri.mkdir()
-    assert SyncCheckpoint("unused", str(uri)).restore() is None
+    assert SyncCheckpoint("", str(uri)).restore() is None
     SyncCheckpoint(str(uri)).write(b"x")
     assert uri.read_bytes() == b"x"
 
@@ -322,14 +322,14 @@ def test_in_a_directory_with_something_in_it_the_object_is_kept_inside(tmp_path:
     uri = make(tmp_path / "cp", {"left": b"by something else"})
     for content in (b"x", b"y"):
         SyncCheckpoint(str(uri)).write(content)
-        assert SyncCheckpoint("unused", str(uri)).read() == content
+        assert SyncCheckpoint("", str(uri)).read() == content
     assert look(uri, modes=False).keys() == {"left", "_flytecheckpoints"}
 
 
 @pytest.mark.parametrize("form", ["file://{}", "file:{}", "{}"])
 def test_every_form_of_a_local_path_is_the_same_file(form: str, tmp_path: Path) -> None:
     SyncCheckpoint(form.format(tmp_path / "new folder" / "cp")).write(b"x")
-    assert SyncCheckpoint("unused", form.format(tmp_path / "new folder" / "cp")).read() == b"x"
+    assert SyncCheckpoint("", form.format(tmp_path / "new folder" / "cp")).read() == b"x"
     assert [path.name for path in tmp_path.iterdir()] == ["new folder"]
     assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["cp"]
 
@@ -342,7 +342,7 @@ def test_a_restored_temporary_folder_lives_as_long_as_the_instance(tmp_path: Pat
     source = make(tmp_path / "source", {"a": None, "a/b": b"1"})
     (source / "a").chmod(0o500)
     SyncCheckpoint(uri).save(source)
-    attempt = SyncCheckpoint("unused", uri)
+    attempt = SyncCheckpoint("", uri)
     folder = attempt.restore()
     assert folder is not None
     assert folder.name == SyncCheckpoint.SRC_LOCAL_FOLDER
@@ -356,7 +356,7 @@ def test_a_few_bytes_take_no_temporary_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     uri = str(tmp_path / "checkpoint")
     SyncCheckpoint(uri).write(b"5")
-    assert SyncCheckpoint("unused", uri).read() == b"5"
+    assert SyncCheckpoint("", uri).read() == b"5"
 
 
 def test_saves_from_many_threads_all_end_up_in_the_object(place: Place, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_saves_from_many_threads_all_end_up_in_the_object(place: Place, tmp_path
         thread.start()
     for thread in threads:
         thread.join()
-    attempt = SyncCheckpoint("unused", uri)
+    attempt = SyncCheckpoint("", uri)
     folders: list[object] = []
     threads = [threading.Thread(target=lambda: folders.append(attempt.restore())) for _ in range(4)]
     for thread in threads:
@@ -411,7 +411,7 @@ def test_a_callback_is_told_of_every_byte(kind: str, place: Place, tmp_path: Pat
     restored = Seen()
     target = tmp_path / "target"
     target.mkdir()
-    SyncCheckpoint("unused", uri, storage_options=place.options).restore(target, callback=restored)
+    SyncCheckpoint("", uri, storage_options=place.options).restore(target, callback=restored)
     stored = storage.at(uri, place.settings).get()
     assert stored is not None
     assert restored.value == restored.size == stored.size
@@ -428,7 +428,7 @@ def test_the_new_face_tells_a_callback_too(kind: str, place: Place, tmp_path: Pa
     async def save_and_load() -> None:
         data = {"folder": source, "file": source / "a", "bytes": noise}[kind]
         await v2.Checkpoint(uri, storage_options=place.options).save(data, callback=saved)
-        await v2.Checkpoint("unused", uri, storage_options=place.options).load(callback=loaded)
+        await v2.Checkpoint("", uri, storage_options=place.options).load(callback=loaded)
 
     asyncio.run(save_and_load())
     assert saved.value == saved.size == len(noise)
@@ -444,7 +444,7 @@ def test_a_callback_is_told_of_what_flytekit_left(place: Place, tmp_path: Path) 
     seen = Seen()
     target = tmp_path / "target"
     target.mkdir()
-    SyncCheckpoint("unused", uri, storage_options=place.options).restore(target, callback=seen)
+    SyncCheckpoint("", uri, storage_options=place.options).restore(target, callback=seen)
     assert seen.value == 2000
 
 
@@ -492,7 +492,7 @@ def test_a_checkpoint_may_be_sent_to_another_process(place: Place, tmp_path: Pat
     getattr(sent, save)(tmp_path / "optimizer")
     if kind is SyncCheckpoint:
         # What was saved before is carried over there too; here, where that is not known, nothing is lost in silence.
-        again = SyncCheckpoint("unused", destination)
+        again = SyncCheckpoint("", destination)
         assert sorted(item.name for item in again.restore().iterdir()) == ["model", "optimizer"]  # type: ignore[union-attr]
         with pytest.raises(CheckpointError, match="another writer"):
             first.save(tmp_path / "optimizer")

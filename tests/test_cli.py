@@ -118,7 +118,7 @@ def test_a_named_root_keeps_every_attempts_checkpoint(task: Task, tmp_path: Path
     prefix = ran.stdout.splitlines()[0].removeprefix("checkpoints: ")
     assert Path(prefix).parent == root
     assert [path.name for path in sorted(Path(prefix).iterdir())] == ["attempt-1", "attempt-2", "attempt-3"]
-    assert SyncCheckpoint("unused", f"{prefix}/attempt-3/_flytecheckpoints").read() == b"111"
+    assert SyncCheckpoint("", f"{prefix}/attempt-3/_flytecheckpoints").read() == b"111"
 
 
 def test_what_follows_the_first_equals_sign_is_the_value(task: Task) -> None:
@@ -190,7 +190,7 @@ def test_what_is_saved_is_restored(place: Place, tmp_path: Path) -> None:
     restored = command("restore", uri, target)
     assert (restored.returncode, restored.stdout, restored.stderr) == (0, f"restored {uri} into {target}\n", "")
     assert look(target) == look(source)
-    assert SyncCheckpoint("unused", uri).restore() is not None
+    assert SyncCheckpoint("", uri).restore() is not None
 
 
 def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:

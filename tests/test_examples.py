@@ -39,7 +39,7 @@ def test_flytekits_counter_resumes_attempt_after_attempt(
     assert run.run(retries=3) == 10
     assert starts(run) == ["0", "4", "8"]
     # Written through this package: flytekit makes a folder here, and Flyte 2 cannot be asked at all.
-    assert flytekit_ckpt.SyncCheckpoint("unused", run.destination(3)).read() == b"10"
+    assert flytekit_ckpt.SyncCheckpoint("", run.destination(3)).read() == b"10"
 
 
 @on_flytekit

@@ -322,7 +322,7 @@ def test_a_flytekit_task_that_is_run_locally_has_the_checkpoint_of_its_sandbox()
 
     assert work() is None
     assert type(seen[0]) is SyncCheckpoint
-    assert SyncCheckpoint("unused", seen[0]._checkpoint_dest).read() == b"5"
+    assert SyncCheckpoint("", seen[0]._checkpoint_dest).read() == b"5"
 
 
 def run_locally(function: object, tmp_path: Path, *, retries: int = 0) -> object:

@@ -144,7 +144,7 @@ def test_a_step_is_a_tree_that_people_tar_and_flyte_can_look_into(place: Place, 
         assert json.load(tar.extractfile("state.json")) == {"at": 3, "order": {"$array": "state/0.npy"}}  # type: ignore[arg-type]
         assert json.load(tar.extractfile("metadata.json")) == {"loss": 0.5}  # type: ignore[arg-type]
     for kind in (flyte.Checkpoint, v2.Checkpoint):
-        checkpoint = kind("unused", uri)
+        checkpoint = kind("", uri)
         root = checkpoint.load_sync()
         assert np.load(root / "state" / "0.npy").tolist() == Data().order.tolist()
 
@@ -714,7 +714,7 @@ def test_steps_in_a_folder_that_a_task_saves_come_back_with_it(place: Place, tmp
     (folder / "model").write_text("weights")
     uri = place.uri()
     SyncCheckpoint(uri).save(folder)
-    task = SyncCheckpoint("unused", uri)
+    task = SyncCheckpoint("", uri)
     restored = task.restore()
     assert restored is not None
     assert IteratorCheckpoint(restored / "data").restore_latest(Data()).at == 6

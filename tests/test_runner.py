@@ -385,7 +385,7 @@ def test_each_attempt_of_each_run_has_a_destination_of_its_own_below_the_root(pl
     assert prefixes[0] != prefixes[1]
     for prefix in prefixes:
         assert prefix.startswith(f"{place.root}/work-")
-        saved = [SyncCheckpoint("unused", f"{prefix}/attempt-{n}/_flytecheckpoints").read() for n in (1, 2)]
+        saved = [SyncCheckpoint("", f"{prefix}/attempt-{n}/_flytecheckpoints").read() for n in (1, 2)]
         assert saved == [b"1", b"2"]
 
 

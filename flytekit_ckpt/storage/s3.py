@@ -56,18 +56,20 @@ class S3Object(FsspecObject):
             return self.get_range(part, previous or Written(0, None))
 
         parts = divide(chunks, size, fetched)
-        head = list(itertools.islice(parts, 2))
-        if len(head) == 1 and isinstance(head[0], bytes):
-            with self._reporting("write"):
-                metadata = _metadata(describe())
-                answer = self._call("put_object", moved=len(head[0]), Body=head[0], Metadata=metadata)
-                return Written(len(head[0]), _version(answer))
         try:
+            head = list(itertools.islice(parts, 2))
+            if len(head) == 1 and isinstance(head[0], bytes):
+                return self._put_whole(head[0], describe())
             return self._put_parts(itertools.chain(head, parts), describe(), self._key, previous)
         except StorageError as error:
             if previous is not None and s3_code(error) in _CHANGED:
                 raise overwritten(self.uri) from error
             raise
+
+    def _put_whole(self, content: bytes, metadata: Metadata) -> Written:
+        with self._reporting("write"):
+            answer = self._call("put_object", moved=len(content), Body=content, Metadata=_metadata(metadata))
+            return Written(len(content), _version(answer))
 
     def _put_parts(
         self, parts: Iterable[bytes | Range], metadata: Metadata, source: str, previous: Written | None

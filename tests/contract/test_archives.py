@@ -76,7 +76,7 @@ def test_flyte_loads_every_archive(saver: Callable[[Path, str], None], name: str
     source = make(tmp_path / "source", FOLDERS[name])
     uri = place.uri()
     saver(source, uri)
-    theirs, ours = flyte.Checkpoint("unused", uri), v2.Checkpoint("unused", uri)
+    theirs, ours = flyte.Checkpoint("unused", uri), v2.Checkpoint("", uri)
     loaded = theirs.load_sync()
     if not FOLDERS[name]:
         # Flyte 2 hands back the folder that it has, or nothing, for a tree without entries.

@@ -44,7 +44,7 @@ def save_with_the_legacy_face(uri: str, data: object) -> None:
 
 def loaded(kind: type, uri: str) -> tuple[str, dict[str, tuple[object, ...]]]:
     """Load with a class of either package: what was returned, and everything that lies in the workspace."""
-    checkpoint = kind("unused", uri)
+    checkpoint = kind("", uri)
     path = checkpoint.load_sync()
     if path is None:
         return "nothing", {}
@@ -52,7 +52,7 @@ def loaded(kind: type, uri: str) -> tuple[str, dict[str, tuple[object, ...]]]:
 
 
 def restored(uri: str) -> object:
-    checkpoint = SyncCheckpoint("unused", uri)
+    checkpoint = SyncCheckpoint("", uri)
     folder = checkpoint.restore()
     return None if folder is None else look(folder)
 
@@ -92,13 +92,13 @@ def test_bytes_saved_by_either_are_loaded_by_both(place: Place, save: Save) -> N
         for at in (uri, other):
             assert loaded(flyte.Checkpoint, at)[0] == loaded(v2.Checkpoint, at)[0] == "payload"
             assert payload(flyte.Checkpoint, at) == payload(v2.Checkpoint, at) == content
-            assert SyncCheckpoint("unused", at).read() == content
+            assert SyncCheckpoint("", at).read() == content
 
     check()
 
 
 def payload(kind: type, uri: str) -> bytes:
-    checkpoint = kind("unused", uri)
+    checkpoint = kind("", uri)
     assert checkpoint.load_sync() is not None
     return (checkpoint.path / "payload").read_bytes()
 
@@ -122,7 +122,7 @@ def compressed_tar() -> bytes:
 def test_payloads_that_lie_come_back_from_the_legacy_face_as_written(place: Place, content: bytes) -> None:
     uri = place.uri()
     SyncCheckpoint(uri).write(content)
-    assert SyncCheckpoint("unused", uri).read() == content
+    assert SyncCheckpoint("", uri).read() == content
     assert payload(v2.Checkpoint, uri) == content
     # flyte takes the wrapped payload for a folder, in which it lies where its tutorial opens it.
     assert payload(flyte.Checkpoint, uri) == content
@@ -142,7 +142,7 @@ def test_raw_zeros_that_flyte_stored_and_loses_are_read_as_a_payload(place: Plac
     flyte.Checkpoint(uri).save_sync(bytes(1000))
     assert loaded(flyte.Checkpoint, uri) == ("tree", {})
     assert payload(v2.Checkpoint, uri) == bytes(1000)
-    assert SyncCheckpoint("unused", uri).read() == bytes(1000)
+    assert SyncCheckpoint("", uri).read() == bytes(1000)
 
 
 def test_a_flipped_bit_is_an_error_where_flyte_hands_back_damaged_files(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_flipped_bit_is_an_error_where_flyte_hands_back_damaged_files(tmp_path
         content[len(content) // 2] ^= 1
         Path(uri).write_bytes(content)
         assert loaded(flyte.Checkpoint, uri)[1] != look(source)
-        for attempt in (v2.Checkpoint("unused", uri).load_sync, SyncCheckpoint("unused", uri).restore):
+        for attempt in (v2.Checkpoint("", uri).load_sync, SyncCheckpoint("", uri).restore):
             with pytest.raises(CorruptCheckpointError, match=uri):
                 attempt()
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_an_error_where_flyte_starts_from_zero(tmp_path: 
     (tmp_path / "file").write_bytes(b"")
     uri = str(tmp_path / "file" / "checkpoint")
     assert loaded(flyte.Checkpoint, uri) == ("nothing", {})
-    for attempt in (v2.Checkpoint("unused", uri).load_sync, SyncCheckpoint("unused", uri).restore):
+    for attempt in (v2.Checkpoint("", uri).load_sync, SyncCheckpoint("", uri).restore):
         with pytest.raises(StorageError, match=f"cannot read {uri}"):
             attempt()
 
@@ -187,7 +187,7 @@ def test_a_saved_tarball_is_unpacked_and_an_empty_object_is_nothing_as_in_flyte(
         assert loaded(v2.Checkpoint, uri)[0] == "tree"
         save(uri := place.uri(), b"")
         assert loaded(flyte.Checkpoint, uri) == loaded(v2.Checkpoint, uri) == ("nothing", {})
-        assert SyncCheckpoint("unused", uri).read() is None
+        assert SyncCheckpoint("", uri).read() is None
 
 
 def test_entries_that_accumulate_in_the_legacy_face_load_in_flyte(place: Place, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_async_calls_do_as_the_others_and_leave_the_event_loop_free(place: Place
 
         async def work() -> None:
             await v2.Checkpoint(uri).save(source)
-            checkpoint = v2.Checkpoint("unused", uri)
+            checkpoint = v2.Checkpoint("", uri)
             path = await checkpoint.load()
             assert path is not None
             assert look(path) == look(source)
@@ -249,7 +249,7 @@ def test_async_calls_do_as_the_others_and_leave_the_event_loop_free(place: Place
 def test_a_second_load_returns_the_first_path_and_reads_nothing(place: Place) -> None:
     uri = place.uri()
     v2.Checkpoint(uri).save_sync(b"1")
-    checkpoint = v2.Checkpoint("unused", uri)
+    checkpoint = v2.Checkpoint("", uri)
     path = checkpoint.load_sync()
     v2.Checkpoint(uri).save_sync(b"2")
     assert checkpoint.load_sync() == path
@@ -261,7 +261,7 @@ def test_loading_empties_the_workspace_first(place: Place) -> None:
     uri = place.uri()
     v2.Checkpoint(uri).save_sync(b"1")
     for kind in (flyte.Checkpoint, v2.Checkpoint):
-        checkpoint = kind("unused", uri)
+        checkpoint = kind("", uri)
         make(checkpoint.path, {"left over": b"", "folder": None, "folder/x": b""})
         checkpoint.load_sync()
         assert [path.name for path in checkpoint.path.iterdir()] == ["payload"]
@@ -270,7 +270,7 @@ def test_loading_empties_the_workspace_first(place: Place) -> None:
 def test_the_payload_path_answers_both_documented_ways_of_opening_it(tmp_path: Path) -> None:
     uri = str(tmp_path / "checkpoint")
     v2.Checkpoint(uri).save_sync(b"7")
-    checkpoint = v2.Checkpoint("unused", uri)
+    checkpoint = v2.Checkpoint("", uri)
     path = checkpoint.load_sync()
     assert path is not None
     assert path.read_bytes() == (path / "payload").read_bytes() == path.joinpath("payload").read_bytes() == b"7"

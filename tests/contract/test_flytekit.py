@@ -267,7 +267,7 @@ def test_deviation_empty_folders_are_kept_on_s3_too(s3: Place, tmp_path: Path) -
     for package, expected in ((checkpointer, {"empty", "file"}), (theirs, {"file"})):
         uri = s3.uri()
         package.SyncCheckpoint(uri).save(folder)
-        attempt = package.SyncCheckpoint("unused", uri)
+        attempt = package.SyncCheckpoint("", uri)
         restored = attempt.restore()
         assert restored is not None
         assert {path.name for path in restored.iterdir()} == expected

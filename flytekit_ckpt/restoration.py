@@ -1,0 +1,178 @@
+"""A checkpoint written into a folder, all of it or nothing; and folders that live no longer than they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flytekit_ckpt import storage
+from flytekit_ckpt.entries import Entry, stream_entry, unpack
+from flytekit_ckpt.errors import CheckpointError, StorageError
+from flytekit_ckpt.layout import Event, Payload, Tree, naming
+from flytekit_ckpt.storage import Settings
+
+
+def restore(
+    uri: str,
+    found: Payload | Tree,
+    payload_name: str,
+    folder: Path,
+    settings: Settings,
+    *,
+    emptied: bool = False,
+) -> list[str]:
+    """Write a checkpoint into a folder, all of it or nothing; files of the same names are replaced.
+
+    Parameters
+    ----------
+    uri : str
+        Where it came from, for messages.
+    found : Payload or Tree
+        The checkpoint, as `get` opened it.
+    payload_name : str
+        File name for a payload.
+    folder : pathlib.Path
+        An existing folder.
+    settings : Settings
+        How much memory there is.
+    emptied : bool, default False
+        Whether what lay in the folder before is removed.
+
+    Returns
+    -------
+    list of str
+        The checkpoint's top-level entries.
+    """
+    started = time.perf_counter()
+    seen = _Counter()
+    if isinstance(found, Payload):
+        entries: Iterable[Entry] = [stream_entry(payload_name, found.chunks, found.size)]
+    else:
+        entries = found.entries
+    with naming(uri), _local_failures(uri, folder), _staging(folder) as staging:
+        unpacked = unpack(seen.counting(entries), staging, memory=settings.share // 4)
+        if emptied:
+            _empty(folder, but=staging)
+        for place in _conflicts(staging, folder):
+            message = f"cannot restore {storage.public(uri)}: {place} is in the way. Move it, or restore elsewhere"
+            raise StorageError(message)
+        _place(staging, folder)
+        unpacked.set_folder_attributes(folder)
+    shape = "payload" if isinstance(found, Payload) else "tree"
+    Event("restored", shape, seen.bytes, time.perf_counter() - started, storage.public(uri)).log()
+    return unpacked.names
+
+
+_STAGING = ".flytekit_ckpt-"
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """Make a folder inside another one, so that moving from it is renaming, and remove those of killed processes.
+
+    Whoever fills one holds a lock on it.
+    """
+    for item in os.scandir(folder):
+        if item.name.startswith(_STAGING) and item.is_dir(follow_symlinks=False):
+            with contextlib.suppress(OSError), _locked(Path(item.path)):
+                remove_tree(Path(item.path))
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_tree, staging)
+        # Some file systems have no locks.
+        with contextlib.suppress(OSError):
+            stack.enter_context(_locked(staging))
+        yield staging
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def counting(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        for entry in entries:
+            self.bytes += entry.info.size if entry.info.isreg() else 0
+            yield entry
+
+
+@contextlib.contextmanager
+def _local_failures(uri: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        message = f"cannot restore {storage.public(uri)} into {folder}: {error}. Check its permissions and free space"
+        raise StorageError(error.errno, message) from error
+
+
+def _empty(folder: Path, but: Path) -> None:
+    for item in os.scandir(folder):
+        if item.is_dir(follow_symlinks=False):
+            if item.name != but.name:
+                remove_tree(Path(item.path))
+        else:
+            os.unlink(item.path)
+
+
+def _conflicts(source: Path, target: Path) -> Iterator[Path]:
+    """Yield what in `target` is a folder where `source` has a file, or the reverse."""
+    for item in os.scandir(source):
+        place = target / item.name
+        if os.path.lexists(place):
+            is_folder = item.is_dir(follow_symlinks=False)
+            if is_folder != place.is_dir() and not (place.is_symlink() and not is_folder):
+                yield place
+            elif is_folder:
+                yield from _conflicts(Path(item.path), place)
+
+
+def _place(source: Path, target: Path) -> None:
+    """Move the contents of a folder into another one on the same disk, merging folders."""
+    for item in os.scandir(source):
+        place = target / item.name
+        if item.is_dir(follow_symlinks=False) and place.is_dir():
+            _place(Path(item.path), place)
+        else:
+            os.replace(item.path, place)
+
+
+def workspace(owner: object, prefix: str) -> Path:
+    """Make a temporary folder that is removed with its owner (in the process that made it)."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    weakref.finalize(owner, _remove_own, folder, os.getpid())
+    return folder
+
+
+def _remove_own(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        remove_tree(folder)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, read-only folders inside it included."""
+    for root, folders, _ in os.walk(folder):
+        for name in folders:
+            path = os.path.join(root, name)
+            with contextlib.suppress(OSError):
+                if not os.path.islink(path):
+                    os.chmod(path, stat.S_IRWXU)
+    shutil.rmtree(folder, ignore_errors=True)
