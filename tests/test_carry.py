@@ -1,0 +1,293 @@
+"""The previous attempt's checkpoint at this attempt's destination, before this attempt has saved anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flytekit_ckpt import StorageError, SyncCheckpoint, layout, runner, storage
+from flytekit_ckpt.storage import parts
+from flytekit_ckpt.storage import s3 as s3_objects
+from flytekit_ckpt.v2 import Checkpoint
+from tests.conftest import Place, Task
+from tests.test_storage import requests
+from tests.trees import look, make
+
+FACES = [SyncCheckpoint, Checkpoint]
+
+
+@pytest.fixture(params=["local", "s3", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "memory":
+        return Place(f"memory://{uuid.uuid4().hex}")
+    return Place(str(tmp_path / "checkpoints")) if request.param == "local" else request.getfixturevalue("s3")
+
+
+def load(checkpoint: Any) -> Any:
+    return checkpoint.restore() if isinstance(checkpoint, SyncCheckpoint) else checkpoint.load_sync()
+
+
+def save(checkpoint: Any, data: Any) -> None:
+    if isinstance(checkpoint, Checkpoint):
+        checkpoint.save_sync(data)
+    elif isinstance(data, bytes):
+        checkpoint.write(data)
+    else:
+        checkpoint.save(data)
+
+
+def carried(checkpoint: Any) -> None:
+    """Wait until what was begun has come to its end."""
+    if (copying := checkpoint._carry._copying) is not None:
+        copying.result()
+
+
+def attempt(kind: Any, place: Place, source: str | None, **options: Any) -> tuple[str, Any]:
+    uri = place.uri()
+    return uri, kind(uri, source, storage_options=place.options, **options)
+
+
+@pytest.fixture(params=["bytes", "folder", "large"])
+def data(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    if request.param == "folder":
+        return make(tmp_path / "data", {"a": b"1", "sub": None, "sub/b": b"2" * 10_000, "sub/l": "b"})
+    return os.urandom(20 << 20) if request.param == "large" else b"5"
+
+
+@pytest.mark.parametrize("kind", FACES)
+def test_attempts_that_load_and_die_hand_on_what_they_loaded(place: Place, kind: Any, data: Any) -> None:
+    source, first = attempt(kind, place, None)
+    save(first, data)
+    for number in range(3):
+        source, checkpoint = attempt(FACES[number % 2], place, source)
+        assert load(checkpoint) is not None
+        carried(checkpoint)
+    _, last = attempt(Checkpoint, place, source)
+    found = last.load_sync()
+    if isinstance(data, bytes):
+        assert found.read_bytes() == data
+    else:
+        assert look(found) == look(data)
+
+
+def test_reading_bytes_counts_as_loading(place: Place) -> None:
+    source, first = attempt(SyncCheckpoint, place, None)
+    first.write(b"5")
+    again, second = attempt(SyncCheckpoint, place, source)
+    second.read()
+    carried(second)
+    assert attempt(SyncCheckpoint, place, again)[1].read() == b"5"
+
+
+def test_what_flytekit_1_left_is_carried_as_one_object(place: Place) -> None:
+    prefix = place.uri()
+    for name in ("model", "log/text"):
+        storage.at(f"{prefix}/{name}", place.settings).put([name.encode()])
+    uri, checkpoint = attempt(SyncCheckpoint, place, prefix)
+    restored = checkpoint.restore()
+    carried(checkpoint)
+    assert storage.at(uri, place.settings).exists()
+    assert look(attempt(Checkpoint, place, uri)[1].load_sync(), modes=False) == look(restored, modes=False)
+
+
+def test_nothing_is_carried_where_nothing_is_loaded_wanted_or_free(place: Place) -> None:
+    source, first = attempt(SyncCheckpoint, place, None)
+    first.write(b"5")
+    unwanted, checkpoint = attempt(SyncCheckpoint, place, source, carry_forward=False)
+    checkpoint.read()
+    carried(checkpoint)
+    assert layout.get(unwanted, place.settings) is None
+    unread, _ = attempt(SyncCheckpoint, place, source)
+    assert layout.get(unread, place.settings) is None
+    missing, checkpoint = attempt(SyncCheckpoint, place, place.uri())
+    assert checkpoint.read() is None
+    assert layout.get(missing, place.settings) is None
+    taken, other = attempt(SyncCheckpoint, place, None)
+    other.write(b"newer")
+    checkpoint = SyncCheckpoint(taken, source, storage_options=place.options)
+    checkpoint.read()
+    carried(checkpoint)
+    assert attempt(SyncCheckpoint, place, taken)[1].read() == b"newer"
+
+
+def test_a_local_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    SyncCheckpoint(str(tmp_path / "first")).write(b"5")
+    folder = make(tmp_path / "second", {"flytekit's": b"own"})
+    checkpoint = SyncCheckpoint(str(folder), str(tmp_path / "first"))
+    checkpoint.read()
+    carried(checkpoint)
+    assert list(folder.iterdir()) == [folder / "flytekit's"]
+
+
+@pytest.mark.parametrize("kind", FACES)
+def test_a_save_waits_for_it_and_stays(place: Place, kind: Any) -> None:
+    source, first = attempt(kind, place, None)
+    save(first, os.urandom(100_000))
+    for number in range(20):
+        uri, checkpoint = attempt(kind, place, source)
+        load(checkpoint)
+        time.sleep(number * 0.0005)
+        save(checkpoint, b"%d" % number)
+        carried(checkpoint)
+        assert attempt(SyncCheckpoint, place, uri)[1].read() == b"%d" % number
+
+
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have copies take until they are given up."""
+    begun = threading.Event()
+
+    def copy(source: str, destination: str, settings: Any, given_up: Callable[[], bool]) -> bool:
+        begun.set()
+        while not given_up():
+            time.sleep(0.001)
+        raise storage.GivenUpError
+
+    monkeypatch.setattr(layout, "copy", copy)
+    return begun
+
+
+def test_it_is_given_up_for_a_save_and_taken_up_when_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SyncCheckpoint(str(tmp_path / "first")).write(b"5")
+    destination = tmp_path / "second"
+    checkpoint = SyncCheckpoint(str(destination), str(tmp_path / "first"))
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        # Of what this thread saves, and not of what is carried.
+        if threading.current_thread() is threading.main_thread():
+            raise OSError(28, "full")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with monkeypatch.context() as patch:
+        begun = held(patch)
+        checkpoint.read()
+        assert begun.wait(10)
+        with pytest.raises(StorageError):
+            checkpoint.write(b"6")
+        assert not destination.exists()
+    with pytest.raises(StorageError):
+        checkpoint.write(b"6")
+    carried(checkpoint)
+    monkeypatch.undo()
+    assert SyncCheckpoint("", str(destination)).read() == b"5"
+    checkpoint.write(b"6")
+    assert SyncCheckpoint("", str(destination)).read() == b"6"
+
+
+def test_a_failure_is_logged_and_disturbs_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    SyncCheckpoint(str(tmp_path / "first")).write(b"5")
+    (tmp_path / "file").touch()
+    checkpoint = SyncCheckpoint(str(tmp_path / "file" / "below"), str(tmp_path / "first"))
+    with caplog.at_level(logging.WARNING, "flytekit_ckpt"):
+        assert checkpoint.read() == b"5"
+        carried(checkpoint)
+    assert "was not carried forward" in caplog.text
+    assert "file/below" in caplog.text
+
+
+def test_the_server_copies_small_objects_in_one_request(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, first = attempt(SyncCheckpoint, s3, None)
+    first.write(b"5")
+    target = storage.at(s3.uri(), s3.settings)
+    made = requests(target, monkeypatch)  # type: ignore[arg-type]
+    storage.at(source, s3.settings).copy_to(target, lambda: False)
+    assert made == ["head_object", "copy_object"]
+    stored = target.get()
+    assert stored is not None
+    assert stored.metadata["crc32"]
+
+
+def test_the_server_copies_large_objects_in_parts(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "COPY_SIZE", 6 << 20)
+    monkeypatch.setattr(s3_objects, "COPY_SIZE", 6 << 20)
+    content = os.urandom(17 << 20)
+    source, first = attempt(Checkpoint, s3, None)
+    first.save_sync(content)
+    target = storage.at(s3.uri(), s3.settings)
+    made = requests(target, monkeypatch)  # type: ignore[arg-type]
+    storage.at(source, s3.settings).copy_to(target, lambda: False)
+    assert made.count("upload_part_copy") == 3
+    assert "get_object" not in made
+    stored = target.get()
+    assert stored is not None
+    assert b"".join(stored.chunks) == content
+    answers = iter([False, False, True])
+    other = storage.at(s3.uri(), s3.settings)
+    with pytest.raises(storage.GivenUpError):
+        storage.at(source, s3.settings).copy_to(other, lambda: next(answers))
+    assert not other.exists()
+
+
+def test_a_process_that_ends_finishes_first(place: Place) -> None:
+    if place.root.startswith("memory"):
+        pytest.skip("another process has a memory of its own")
+    source, first = attempt(SyncCheckpoint, place, None)
+    first.save(__file__)
+    destination = place.uri()
+    script = f"""
+from flytekit_ckpt import SyncCheckpoint
+cp = SyncCheckpoint({destination!r}, {source!r}, storage_options={place.options!r})
+cp.restore()
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 3
+    assert attempt(SyncCheckpoint, place, destination)[1].read() == Path(__file__).read_bytes()
+
+
+def test_a_forked_process_does_not_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SyncCheckpoint(str(tmp_path / "first")).write(b"5")
+    checkpoint = SyncCheckpoint(str(tmp_path / "second"), str(tmp_path / "first"))
+    begun = held(monkeypatch)
+    checkpoint.read()
+    assert begun.wait(10)
+    child = os.fork()
+    if not child:
+        checkpoint.write(b"6")
+        os._exit(0)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, 9)
+    checkpoint.write(b"7")
+    assert ended == (child, 0)
+
+
+def test_attempts_that_die_before_they_save_cost_no_progress(place: Place, task: Task) -> None:
+    """flyteorg/flyte issue 2894."""
+    if place.root.startswith("memory"):
+        pytest.skip("another process has a memory of its own")
+    target = task(
+        """
+        def work(folder: str) -> list[int]:
+            cp = current_checkpoint()
+            attempt = len(list(Path(folder).iterdir())) + 1
+            Path(folder, str(attempt)).touch()
+            progress = int(cp.read() or 0)
+            if attempt == 1:
+                cp.write(b"41")
+                die()
+            if attempt < 4:
+                # A machine that vanishes before anything is saved.
+                time.sleep(1)
+                die()
+            return [attempt, progress]
+        """
+    )
+    attempts = Path(target.rpartition(":")[0]).parent / "attempts"
+    attempts.mkdir()
+    result = runner.run(target, {"folder": str(attempts)}, retries=5, root=place.root, report=lambda _: None)
+    assert result == [4, 41]
