@@ -87,7 +87,7 @@ class StateHandler:
     retries : int, keyword only, default 8
         Times that a request to an object store is repeated after a failure that may pass.
     timeout : float, keyword only, default 60
-        Seconds that an object store may be silent before a request counts as failed.
+        Seconds that an object store may be silent, and may take for 4 MiB, before a request counts as failed.
     restore_limit : int, keyword only, optional
         Bytes that the files of a state may have to be restored; more is an `UnsafeCheckpointError`. Any if not given.
     """

@@ -21,7 +21,7 @@ RETRIES = 8
 """Times that a request is repeated after a failure that may pass."""
 
 TIMEOUT = 60.0
-"""Seconds that storage may be silent."""
+"""Seconds that storage may be silent, and may take for 4 MiB."""
 
 Metadata = Mapping[str, str]
 """What is kept with an object and is no part of its bytes."""
@@ -40,7 +40,7 @@ class Settings:
     retries : int
         Times that a request is repeated after a failure that may pass.
     timeout : float
-        Seconds that storage may be silent before a request counts as failed.
+        Seconds that storage may be silent, and may take for 4 MiB, before a request counts as failed.
     restore_limit : int or None
         Bytes that a checkpoint may hold when it is restored; `None` for any.
     """

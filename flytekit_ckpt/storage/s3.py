@@ -17,8 +17,8 @@ from flytekit_ckpt.storage.general import FsspecObject
 from flytekit_ckpt.storage.objects import CONCURRENCY, PART_SIZE, GivenUpError, Metadata, Stored, StoredObject, Written
 from flytekit_ckpt.storage.parts import COPY_SIZE, copied_ranges, divide
 
-SLOWEST = 64 << 10
-"""Bytes a second; a request that moves fewer counts as failed, even if the storage is never silent."""
+PACE = 4 << 20
+"""Bytes for which a request may take another `timeout`; one that is slower counts as failed, if never silent."""
 
 CONNECT_TIMEOUT = 10.0
 """Seconds at most for a connection to be made."""
@@ -108,9 +108,8 @@ class S3Object(FsspecObject):
     def _complete(self, upload: str, parts: list[dict[str, Any]], token: str) -> str:
         try:
             # The server may take long over ten thousand parts.
-            moved = int(SLOWEST * 9 * self._settings.timeout)
             arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
-            answer = self._call("complete_multipart_upload", moved=moved, **arguments)
+            answer = self._call("complete_multipart_upload", moved=10 * PACE, **arguments)
         except Exception:
             # The answer may be all that was lost, and the server knows nothing of the upload any more.
             with contextlib.suppress(Exception):
@@ -207,6 +206,34 @@ class S3Object(FsspecObject):
 
         return self._in_order(fetch, part, PART_SIZE)
 
+    def files(self) -> Iterator[tuple[str, StoredObject]]:
+        with self._reporting("list"):
+            found = sorted(self._listed())
+        for name in found:
+            # Consoles make empty objects that end in "/" to show a folder.
+            if name and not name.endswith("/"):
+                yield name, type(self)(f"{self.uri}/{name}", self._settings)
+
+    def names(self) -> list[str]:
+        with self._reporting("list"):
+            return [name for name in self._listed(Delimiter="/") if name]
+
+    def remove(self) -> None:
+        with self._reporting("remove"):
+            self._call("delete_object")
+
+    def _listed(self, **arguments: str) -> Iterator[str]:
+        """List the keys below this one, a thousand with each request."""
+        key = self._key.partition("/")[2]
+        prefix = key and key + "/"
+        while True:
+            page = self._call("list_objects_v2", moved=PACE, Prefix=prefix, **arguments)
+            for item in page.get("Contents", []):
+                yield str(item["Key"]).removeprefix(prefix)
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
     def _fetch(self, part: Range, version: str | None) -> _Piece:
         """Get a part of the object, of that version if one is given."""
         bucket, _, key = self._key.partition("/")
@@ -243,7 +270,7 @@ class S3Object(FsspecObject):
         from fsspec.asyn import sync
 
         filesystem = self._filesystem
-        limit = self._settings.timeout + moved / SLOWEST
+        limit = self._settings.timeout * (1 + moved / PACE)
 
         async def limited() -> Any:
             # Not left to go on: it could come to its end after a later one.

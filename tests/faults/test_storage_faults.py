@@ -320,7 +320,7 @@ def test_many_faults_are_survived_or_reported(work: Work, faulty: Proxy, s3: Pla
 def test_nothing_but_one_fault(work: Work, faulty: Proxy, s3: Place, kind: str) -> None:
     before = work.save(0)
     faulty.kinds, faulty.rate = (kind,), 1.0
-    hindered = work.through(through(faulty, s3), retries=1, timeout=1.0)
+    hindered = work.through(through(faulty, s3), retries=1, timeout=0.4)
     check_loads(hindered, [before])
     allowed = attempted(hindered, 1, before)
     assert faulty.history
@@ -417,7 +417,7 @@ def test_one_fault_in_an_operation_is_not_noticed(
 def test_an_upload_that_fails_is_aborted(work: Work, faulty: Proxy, s3: Place, operation: Operation, kind: str) -> None:
     before = work.save(0)
     faulty.choose = lambda method, target: kind if operation(method, target) else None
-    hindered = work.through(through(faulty, s3), retries=1, timeout=1.0)
+    hindered = work.through(through(faulty, s3), retries=1, timeout=0.4)
     allowed = attempted(hindered, 1, before)
     assert faulty.history
     assert work.load() in allowed
@@ -433,7 +433,7 @@ def test_an_upload_whose_first_abort_is_lost_is_aborted(work: Work, faulty: Prox
 
     before = work.save(0)
     faulty.choose = choose
-    hindered = work.through(through(faulty, s3), retries=1, timeout=1.0)
+    hindered = work.through(through(faulty, s3), retries=1, timeout=0.4)
     with pytest.raises(StorageError):
         ending(functools.partial(hindered.save, 1))
     assert [kind for method, target, kind in faulty.history if is_abort(method, target)] == ["reset"]
