@@ -67,8 +67,9 @@ class _Probe:
 
     def end(self) -> None:
         """Take it that there are no more bytes."""
-        if self.kind is Kind.GZIP and not self._is_certain:
-            self.kind = Kind.DAMAGED if not _beginning(self._seen, ZlibDecompressor).is_certain else self.kind
+        is_cut = self.kind is Kind.GZIP and not _beginning(self._seen, ZlibDecompressor).is_certain
+        if is_cut or self._seen == GZIP_MAGIC[:1]:
+            self.kind = Kind.DAMAGED
 
     def _judged(self) -> Kind:
         if stated_length(self._seen):

@@ -29,10 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder or a prefix to put checkpoints below."""
+    """A folder or a prefix to put checkpoints below, and the S3 server that it is on."""
 
     root: str
     options: dict[str, str] = field(default_factory=dict)
+    server: s3_server.S3Server | None = None
 
     def uri(self) -> str:
         """Give an object's URI that nothing else uses."""
@@ -66,7 +67,7 @@ def s3(s3_server_running: s3_server.S3Server) -> Iterator[Place]:
         patch.setenv("FLYTE_AWS_ENDPOINT", server.endpoint)
         patch.setenv("FLYTE_AWS_ACCESS_KEY_ID", server.key)
         patch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", server.secret)
-        yield Place(f"s3://{bucket}", options)
+        yield Place(f"s3://{bucket}", options, server)
 
 
 @pytest.fixture(params=["local", "s3"])

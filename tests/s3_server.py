@@ -74,12 +74,15 @@ class S3Server:
         Its URL.
     key, secret
         The credentials of a user who may create buckets.
+    limited_user
+        Makes a user who may store so many bytes, and gives the credentials; `None` where users have no quota.
     """
 
     kind: str
     endpoint: str
     key: str
     secret: str
+    limited_user: Callable[[int], tuple[str, str]] | None = None
 
 
 def available() -> str:
@@ -165,10 +168,27 @@ def _ceph(folder: Path, capacity: str) -> Iterator[S3Server]:
         ceph.start("ceph-osd", "--id=0", "-f")
         ceph.start("radosgw", "--name=client.rgw", "-f")
         ceph.wait_for_port("radosgw", gateway_port)
-        user = ("--uid=tests", "--display-name=tests", f"--access-key={key}", f"--secret={secret}")
-        ceph.run("radosgw-admin", "--name=client.rgw", "user", "create", *user)
+
+        def administer(*arguments: str) -> None:
+            ceph.run("radosgw-admin", "--name=client.rgw", *arguments)
+
+        def create_user(name: str, key: str, secret: str) -> None:
+            administer(
+                "user", "create", f"--uid={name}", "--display-name=tests", f"--access-key={key}", f"--secret={secret}"
+            )
+
+        def limited_user(size: int) -> tuple[str, str]:
+            credentials = _credentials()
+            name = f"limited-{credentials[0]}"
+            create_user(name, *credentials)
+            quota = (f"--uid={name}", "--quota-scope=user")
+            administer("quota", "set", *quota, f"--max-size={size}")
+            administer("quota", "enable", *quota)
+            return credentials
+
+        create_user("tests", key, secret)
         version = subprocess.check_output(["radosgw", "--version"], text=True).split()[2]
-        yield S3Server(f"Ceph RGW {version}", f"http://127.0.0.1:{gateway_port}", key, secret)
+        yield S3Server(f"Ceph RGW {version}", f"http://127.0.0.1:{gateway_port}", key, secret, limited_user)
 
 
 class _Processes:
