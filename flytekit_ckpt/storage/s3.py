@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, Range, in_order
+from flytekit_ckpt.storage import forks
 from flytekit_ckpt.storage.failures import IncompleteAnswerError, overwritten, s3_code
 from flytekit_ckpt.storage.general import FsspecObject
 from flytekit_ckpt.storage.objects import CONCURRENCY, PART_SIZE, GivenUpError, Metadata, Stored, StoredObject, Written
@@ -270,6 +271,7 @@ class S3Object(FsspecObject):
         from fsspec.asyn import sync
 
         filesystem = self._filesystem
+        forks.remember(filesystem)
         limit = self._settings.timeout * (1 + moved / PACE)
 
         async def limited() -> Any:
@@ -296,6 +298,11 @@ def _filesystem_kind() -> Any:
         """Leaves it to its user to try again: retries of retries would multiply."""
 
         retries = 1
+
+        @staticmethod
+        def close_session(loop: Any, s3: Any) -> None:
+            if not forks.is_inherited(loop):
+                S3FileSystem.close_session(loop, s3)
 
     return SingleTryFileSystem
 
