@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LARGE_ENTRY = MEMBER_SIZE // 4
 """Bytes of content from which on an entry has members of its own."""
 
+HEADER_LIMIT = 4 << 20
+"""Bytes that all the headers of one entry may take: they are in memory as a whole, and an attacker's are any size."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -304,6 +307,24 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise CorruptCheckpointError(message) from error
 
 
+class _Headers:
+    """What tarfile reads of an archive, as the file that it asks for; nobody else reads headers."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self.left = HEADER_LIMIT
+
+    def read(self, size: int, /) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            message = f"an entry's headers are damaged, or larger than {HEADER_LIMIT} bytes"
+            raise CorruptCheckpointError(message)
+        return b"".join(self._stream.pieces(size))
+
+    def tell(self) -> int:
+        return self._stream.position
+
+
 def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[Entry]:
     """Read an archive made by anyone, in any compression that tarfile opens.
 
@@ -329,10 +350,13 @@ def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[En
         If an entry lies outside the archive's folder, or is a device or a fifo.
     """
     stream = ByteStream(inflated(iter(chunks), memory))
+    headers = _Headers(stream)
     with _damage_reported():
-        tar = tarfile.TarFile(fileobj=cast("IO[bytes]", stream), tarinfo=_StrictTarInfo, errorlevel=2)
+        tar = tarfile.TarFile(fileobj=cast("IO[bytes]", headers), tarinfo=_StrictTarInfo, errorlevel=2)
     members = iter(tar)
     while True:
+        # Those that hold for every entry that follows stay in memory.
+        headers.left = HEADER_LIMIT - sum(map(len, tar.pax_headers.values()))
         with _damage_reported():
             info = next(members, None)
         if info is None:
@@ -340,6 +364,9 @@ def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[En
         following = tar.offset
         # tarfile would remember every entry of the archive.
         tar.members.clear()  # type: ignore[attr-defined]
+        if info.size < 0 or "\0" in info.name or "\0" in info.linkname:
+            message = f"the header of its entry {info.name!r} is damaged"
+            raise CorruptCheckpointError(message)
         info.name = safe_name(info.name)
         if not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
             message = f"its entry {info.name!r} is a device or a fifo"
@@ -370,9 +397,12 @@ def _content(stream: ByteStream, info: tarfile.TarInfo) -> Iterator[Chunk]:
         message = f"the content of {info.name!r} can be read once only, before the next entry"
         raise RuntimeError(message)
     # Only GNU tar makes sparse entries: pairs of where some bytes go and how many, zeros between them.
+    # The stubs have the type of one number.
+    sparse = cast("list[tuple[int, int]] | None", info.sparse)
+    extents = [(0, info.size)] if sparse is None else [extent for extent in sparse if extent[1]]
     done = 0
-    for start, size in [*(info.sparse or [(0, info.size)]), (info.size, 0)]:
-        if start < done:
+    for start, size in [*extents, (info.size, 0)]:
+        if start < done or size < 0:
             message = f"the parts of {info.name!r} overlap"
             raise CorruptCheckpointError(message)
         for position in range(done, start, CHUNK_SIZE):
@@ -392,6 +422,6 @@ def _damage_reported() -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (tarfile.TarError, ValueError, ArithmeticError, EOFError, LookupError) as error:
+    except (tarfile.TarError, ValueError, ArithmeticError, EOFError, LookupError, RecursionError) as error:
         message = f"it is damaged or truncated ({error})"
         raise CorruptCheckpointError(message) from error

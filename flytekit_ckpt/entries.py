@@ -5,7 +5,7 @@ Nothing here knows how an archive is encoded or where it is stored.
 
 from __future__ import annotations
 
-import itertools
+import errno
 import os
 import stat
 import tarfile
@@ -171,8 +171,17 @@ def _stays_inside(path: Path, link: str, root: str) -> bool:
     """Whether a link is relative and neither its text nor where it ends leaves the folder `root`."""
     if os.path.isabs(link):
         return False
-    text = os.path.normpath(os.path.join(os.path.realpath(path.parent), link))
-    return all(os.path.commonpath((root, place)) == root for place in (text, os.path.realpath(path)))
+    places = [os.path.normpath(os.path.join(os.path.realpath(path.parent), link))]
+    try:
+        os.stat(path)
+    except OSError as error:
+        # A circle, or more links after links than the system follows: it leads nowhere, and there may be any number.
+        leads_nowhere = error.errno == errno.ELOOP
+    else:
+        leads_nowhere = False
+    if not leads_nowhere:
+        places.append(os.path.realpath(path))
+    return all(os.path.commonpath((root, place)) == root for place in places)
 
 
 def _is_storable(status: os.stat_result) -> bool:
@@ -245,13 +254,14 @@ class Unpacked:
         The top-level entries, sorted.
     """
 
-    def __init__(self, names: Iterable[str], folders: list[tuple[str, int, int]]) -> None:
+    def __init__(self, names: Iterable[str], folders: dict[str, tuple[int, int]]) -> None:
         self.names = sorted(names)
         self._folders = folders
 
     def set_folder_attributes(self, folder: Path) -> None:
         """Give the folders their modes and times, once their contents lie where they will stay."""
-        for name, mode, mtime_ns in reversed(self._folders):
+        # What lies in a folder comes first: nothing may be left to do in one that has lost its rights.
+        for name, (mode, mtime_ns) in sorted(self._folders.items(), reverse=True):
             os.chmod(folder / name, mode)
             os.utime(folder / name, ns=(mtime_ns, mtime_ns))
 
@@ -299,26 +309,24 @@ def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGE
     names: set[str] = set()
     made: set[str] = set()
     links: dict[str, tarfile.TarInfo] = {}
-    folders: list[tuple[str, int, int]] = []
+    folders: dict[str, tuple[int, int]] = {}
     for entry in entries:
         name, info = entry.name, entry.info
-        parents = list(itertools.accumulate(name.split("/"), "{}/{}".format))[:-1]
-        if any(parent in links for parent in parents):
-            message = f"its entry {name!r} lies behind a link"
-            raise UnsafeCheckpointError(message)
-        names.add(parents[0] if parents else name)
-        links.pop(name, None)
         path = os.path.join(root, name)
         try:
-            for parent in parents:
-                if parent not in made:
-                    os.mkdir(os.path.join(root, parent))
-                    made.add(parent)
+            for parent in _parents(name, made):
+                if parent in links:
+                    message = f"its entry {name!r} lies behind a link"
+                    raise UnsafeCheckpointError(message)
+                os.mkdir(os.path.join(root, parent))
+                made.add(parent)
+            names.add(name.partition("/")[0])
+            links.pop(name, None)
             if info.isdir():
                 if name not in made:
                     os.mkdir(path)
                     made.add(name)
-                folders.append((name, info.mode & 0o777, _mtime_ns(info)))
+                folders[name] = (info.mode & 0o777, _mtime_ns(info))
                 continue
             if os.path.lexists(path):
                 # In a tar, the last entry of a name counts.
@@ -346,6 +354,20 @@ def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGE
                 stacklevel=2,
             )
     return Unpacked(names, folders)
+
+
+def _parents(name: str, made: set[str]) -> Iterator[str]:
+    """Yield the folders above an entry that are still to be made, from above.
+
+    One by one: of the names of all of them, those of an attacker's entry fill the memory before the disk refuses.
+    """
+    if name.rpartition("/")[0] in made:
+        return
+    end = name.find("/")
+    while end >= 0:
+        if name[:end] not in made:
+            yield name[:end]
+        end = name.find("/", end + 1)
 
 
 def _write(entry: Entry, path: str, memory: int) -> None:
@@ -394,7 +416,8 @@ class FileWriter:
 
 def _mtime_ns(info: tarfile.TarInfo) -> int:
     try:
-        nanoseconds = int(Decimal(str(info.pax_headers.get("mtime", info.mtime))) * 10**9)
+        seconds = Decimal(str(info.pax_headers.get("mtime", info.mtime)))
     except (ArithmeticError, ValueError):
         return 0
-    return nanoseconds if abs(nanoseconds) < 1 << 62 else 0
+    # Also of what is not a number at all this is false. As an integer it might have a million digits.
+    return int(seconds * 10**9) if seconds.is_finite() and abs(seconds) < 1 << 32 else 0

@@ -160,7 +160,7 @@ class ByteStream:
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """Yield the next `size` bytes, fewer at the end of the stream."""
-        while size:
+        while size > 0:
             if not self._left:
                 chunk = next(self._chunks, None)
                 if chunk is None:
@@ -186,14 +186,6 @@ class ByteStream:
         while self._left:
             yield self._left.popleft()
         yield from self._chunks
-
-    # What tarfile asks of a file.
-
-    def read(self, size: int, /) -> bytes:
-        return b"".join(self.pieces(size))
-
-    def tell(self) -> int:
-        return self.position
 
 
 def inflated(chunks: Iterator[Chunk], memory: int) -> Iterator[Chunk]:

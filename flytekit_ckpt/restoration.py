@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import stat
 import tempfile
 import time
@@ -61,7 +60,7 @@ def restore(
         unpacked = unpack(seen.counting(entries), staging, memory=settings.share // 4)
         if emptied:
             _empty(folder, but=staging)
-        for place in _conflicts(staging, folder):
+        for place in _conflicts(staging, folder, os.path.realpath(folder)):
             message = f"cannot restore {storage.public(uri)}: {place} is in the way. Move it, or restore elsewhere"
             raise StorageError(message)
         _place(staging, folder)
@@ -133,26 +132,36 @@ def _empty(folder: Path, but: Path) -> None:
             os.unlink(item.path)
 
 
-def _conflicts(source: Path, target: Path) -> Iterator[Path]:
-    """Yield what in `target` is a folder where `source` has a file, or the reverse."""
-    for item in os.scandir(source):
-        place = target / item.name
+def _conflicts(source: Path, target: Path, root: str) -> Iterator[Path]:
+    """Yield what in `target` is a folder where `source` has a file, or the reverse, or leads out of `root`."""
+    for item, place in _merged(source, target):
         if os.path.lexists(place):
             is_folder = item.is_dir(follow_symlinks=False)
-            if is_folder != place.is_dir() and not (place.is_symlink() and not is_folder):
+            if is_folder:
+                is_in_the_way = not place.is_dir() or not Path(os.path.realpath(place)).is_relative_to(root)
+            else:
+                is_in_the_way = place.is_dir() and not place.is_symlink()
+            if is_in_the_way:
                 yield place
-            elif is_folder:
-                yield from _conflicts(Path(item.path), place)
 
 
 def _place(source: Path, target: Path) -> None:
     """Move the contents of a folder into another one on the same disk, merging folders."""
-    for item in os.scandir(source):
-        place = target / item.name
-        if item.is_dir(follow_symlinks=False) and place.is_dir():
-            _place(Path(item.path), place)
-        else:
+    for item, place in _merged(source, target):
+        if not (item.is_dir(follow_symlinks=False) and place.is_dir()):
             os.replace(item.path, place)
+
+
+def _merged(source: Path, target: Path) -> Iterator[tuple[os.DirEntry[str], Path]]:
+    """Yield what lies in a folder, and in those of its folders that another one has too, with its place there."""
+    waiting = [(source, target)]
+    while waiting:
+        source, target = waiting.pop()
+        for item in os.scandir(source):
+            place = target / item.name
+            if item.is_dir(follow_symlinks=False) and place.is_dir():
+                waiting.append((Path(item.path), place))
+            yield item, place
 
 
 def workspace(owner: object, prefix: str) -> Path:
@@ -168,11 +177,19 @@ def _remove_own(folder: Path, process: int) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder, read-only folders inside it included."""
-    for root, folders, _ in os.walk(folder):
-        for name in folders:
-            path = os.path.join(root, name)
-            with contextlib.suppress(OSError):
-                if not os.path.islink(path):
-                    os.chmod(path, stat.S_IRWXU)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder, with the read-only and the very deep ones inside it, which `shutil.rmtree` does not."""
+    waiting = [str(folder)]
+    emptied = []
+    while waiting:
+        path = waiting.pop()
+        emptied.append(path)
+        with contextlib.suppress(OSError):
+            os.chmod(path, stat.S_IRWXU)
+            for item in os.scandir(path):
+                if item.is_dir(follow_symlinks=False):
+                    waiting.append(item.path)
+                else:
+                    os.unlink(item.path)
+    for path in reversed(emptied):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)

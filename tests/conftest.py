@@ -54,8 +54,26 @@ def s3_server_running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_s
         yield server
 
 
+def empty(place: Place) -> None:
+    """Remove everything from a bucket, and the uploads of processes that were killed: a server that is full hangs."""
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(**place.options)
+    bucket = place.root.removeprefix("s3://")
+    while stored := filesystem.call_s3("list_objects_v2", Bucket=bucket).get("Contents"):
+        keys = [item["Key"] for item in stored]
+        # In XML there is no place for these.
+        odd = [key for key in keys if not key.isprintable()]
+        for key in odd:
+            filesystem.call_s3("delete_object", Bucket=bucket, Key=key)
+        if plain := [{"Key": key} for key in keys if key.isprintable()]:
+            filesystem.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": plain, "Quiet": True})
+    for upload in filesystem.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", ()):
+        filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
 @pytest.fixture(scope="session")
-def s3(s3_server_running: s3_server.S3Server) -> Iterator[Place]:
+def s3_bucket(s3_server_running: s3_server.S3Server) -> Iterator[Place]:
     """A bucket on the S3 server; flytekit, flyte and this package find the server through Flyte's variables."""
     import s3fs
 
@@ -68,6 +86,13 @@ def s3(s3_server_running: s3_server.S3Server) -> Iterator[Place]:
         patch.setenv("FLYTE_AWS_ACCESS_KEY_ID", server.key)
         patch.setenv("FLYTE_AWS_SECRET_ACCESS_KEY", server.secret)
         yield Place(f"s3://{bucket}", options, server)
+
+
+@pytest.fixture
+def s3(s3_bucket: Place) -> Iterator[Place]:
+    """The bucket, empty."""
+    yield s3_bucket
+    empty(s3_bucket)
 
 
 @pytest.fixture(params=["local", "s3"])

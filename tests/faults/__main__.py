@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from tests import s3_server
-from tests.conftest import Place
+from tests.conftest import Place, empty
 from tests.faults import corruption, crashes, losses
 from tests.faults.objects import connected
 from tests.faults.outcomes import Outcome, Outcomes
@@ -46,6 +46,8 @@ def main(rounds: int, only: str, output: Path | None) -> None:
                         for row in rows(trial, name, place, max(1, round(rounds * share))):
                             click.echo(row)
                             lines.append(row)
+                        if not place.is_local:
+                            empty(place)
     if output is not None:
         output.write_text("\n".join(lines) + "\n")
 
