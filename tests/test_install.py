@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import flytekit_ckpt
-from flytekit_ckpt import SyncCheckpoint, context, v2
+from flytekit_ckpt import SyncCheckpoint, UnsafeCheckpointError, context, v2
 from tests.platforms import Flyte1, Flyte2, Platform
 
 # A user's module: its names come from every place that has them.
@@ -530,6 +530,44 @@ def test_an_attempt_that_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
         gc.collect()
         time.sleep(0.05)
     assert len(context._attempts) <= before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_options_hold_for_every_attempt_until_they_are_given_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SyncCheckpoint(str(tmp_path / "before")).write(b"0123456789")
+    monkeypatch.setattr(context, "_runners", [])
+
+    def read() -> bytes | None:
+        context.set_runner_checkpoint("", str(tmp_path / "before"))
+        return flytekit_ckpt.current_checkpoint().read()
+
+    try:
+        flytekit_ckpt.install(restore_limit=9)
+        with pytest.raises(UnsafeCheckpointError, match="restore_limit"):
+            read()
+        # As a worker does that inherits an installation, or a second module.
+        flytekit_ckpt.install()
+        with pytest.raises(UnsafeCheckpointError, match="restore_limit"):
+            read()
+        flytekit_ckpt.install(restore_limit=10)
+        assert read() == b"0123456789"
+        flytekit_ckpt.install(restore_limit=9)
+    finally:
+        flytekit_ckpt.uninstall()
+    assert read() == b"0123456789"
+
+
+def test_an_unknown_option_is_an_error_and_installs_nothing() -> None:
+    with pytest.raises(TypeError, match="retires"):
+        flytekit_ckpt.install(retires=3)
+    assert not context._installed
+    assert not context._options
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,19 @@ def current() -> None:
 
 def installed() -> None:
     flytekit_ckpt.install()
+    flytekit_ckpt.install(retries=20, carry_forward=False)
     flytekit_ckpt.uninstall()
+
+
+def with_every_option() -> None:
+    legacy(SyncCheckpoint("dest", memory_budget=1 << 26, retries=3, timeout=5, restore_limit=None, carry_forward=False))
+    cp = v2.Checkpoint("dest", memory_budget=1 << 26, retries=3, timeout=0.5, restore_limit=1 << 40, carry_forward=True)
+    iterators = IteratorCheckpoint("base", StateHandler(retries=0, timeout=1, restore_limit=1 << 20))
+    print(cp, iterators)
+
+
+def terminated(callback: Callable[[], object]) -> None:
+    flytekit_ckpt.on_termination(callback)
 
 
 async def new(cp: v2.BaseCheckpoint) -> None:
