@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,26 @@ from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.storage import Settings
 
 logger = logging.getLogger("flytekit_ckpt")
+
+
+class _Place:
+    """A destination, and what of this process is saved and copied there."""
+
+    def __init__(self) -> None:
+        self.lock = ForkSafeLock()
+        self.saves = 0
+        self.carries: weakref.WeakSet[Carry] = weakref.WeakSet()
+
+    @staticmethod
+    def of(destination: str) -> _Place:
+        """Give what is shared by everyone who saves to a URI."""
+        path = storage.local_path(destination)
+        with _lock:
+            return _places.setdefault(destination.rstrip("/") if path is None else os.path.abspath(path), _Place())
+
+
+_lock = ForkSafeLock()
+_places: weakref.WeakValueDictionary[str, _Place] = weakref.WeakValueDictionary()
 
 
 class Carry:
@@ -44,42 +65,54 @@ class Carry:
         self._settings = settings
         self._is_wanted = is_wanted and source is not None and bool(destination)
         self._is_loaded = False
-        self._saves = 0
         self._copying: concurrent.futures.Future[None] | None = None
         self._process = os.getpid()
-        self._lock = ForkSafeLock()
+        self._place = _Place.of(destination)
+        self._place.carries.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # The process that began it goes on with it.
-        return {**vars(self), "_is_wanted": self._is_wanted and not self._is_loaded, "_saves": 0, "_copying": None}
+        changes = {"_is_wanted": self._is_wanted and not self._is_loaded, "_copying": None, "_place": None}
+        return {**vars(self), **changes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._place = _Place.of(self._destination)
+        self._place.carries.add(self)
 
     def begin(self) -> None:
         """Begin, once; called when the checkpoint has been loaded."""
-        with self._lock:
+        with self._place.lock:
             if not self._is_loaded:
                 self._is_loaded = True
                 self._start()
 
     @contextlib.contextmanager
     def making_way(self) -> Iterator[None]:
-        """Give it up while something is saved, waiting until it has stopped; take it up again if the save failed."""
-        with self._lock:
-            self._saves += 1
-            # A forked process has no part in what it began.
-            if self._copying is not None and self._process == os.getpid():
-                concurrent.futures.wait([self._copying])
+        """Give it up while something is saved, waiting until it has stopped; take it up again if the save failed.
+
+        Also what others are copying there: the two faces of an attempt, for example.
+        """
+        with self._place.lock:
+            self._place.saves += 1
+            concurrent.futures.wait(copying for carry in self._place.carries if (copying := carry._under_way()))
         is_saved = False
         try:
             yield
             is_saved = True
         finally:
-            with self._lock:
-                self._saves -= 1
-                self._is_wanted = self._is_wanted and not is_saved
-                self._start()
+            with self._place.lock:
+                self._place.saves -= 1
+                for carry in list(self._place.carries):
+                    carry._is_wanted = carry._is_wanted and not is_saved
+                    carry._start()
+
+    def _under_way(self) -> concurrent.futures.Future[None] | None:
+        # A forked process has no part in what it began.
+        return self._copying if self._process == os.getpid() else None
 
     def _start(self) -> None:
-        if not self._is_wanted or not self._is_loaded or self._saves:
+        if not self._is_wanted or not self._is_loaded or self._place.saves:
             return
         pool = concurrent.futures.ThreadPoolExecutor(1, "flytekit_ckpt-carry")
         # Unless the interpreter is on its way out.
@@ -94,10 +127,10 @@ class Carry:
         places = storage.public(self._source), storage.public(self._destination)
         started = time.perf_counter()
         try:
-            if layout.copy(self._source, self._destination, self._settings, lambda: self._saves > 0):
+            if layout.copy(self._source, self._destination, self._settings, lambda: self._place.saves > 0):
                 logger.info("carried %s forward to %s in %.3f s", *places, time.perf_counter() - started)
         except storage.GivenUpError:
-            logger.info("%s is not carried forward to %s: something is being saved there", *places)
+            logger.info("%s is not carried forward to %s: something else is saved there", *places)
         except (CheckpointError, OSError) as error:
             logger.warning("%s was not carried forward to %s: %s", *places, error)
         except Exception:

@@ -427,17 +427,19 @@ def copy(source: str, destination: str, settings: Settings, given_up: Callable[[
         return True
     found = get(source, replace(settings, restore_limit=None))
     if isinstance(found, Payload):
-        put_payload(destination, _unless(given_up, found.chunks), settings, size=found.size)
+        put_payload(destination, _unless(given_up, found.chunks, target), settings, size=found.size)
     elif isinstance(found, Tree):
-        put_tree(destination, _unless(given_up, found.entries), settings, size=lambda: 0)
+        put_tree(destination, _unless(given_up, found.entries, target), settings, size=lambda: 0)
     return found is not None
 
 
-def _unless(given_up: Callable[[], bool], items: Iterator[_Item]) -> Iterator[_Item]:
+def _unless(given_up: Callable[[], bool], items: Iterator[_Item], target: storage.StoredObject) -> Iterator[_Item]:
     for item in items:
         if given_up():
             raise storage.GivenUpError
         yield item
+    if target.exists():
+        raise storage.GivenUpError
 
 
 def get_unit(uri: str, unit: Unit, written: storage.Written, settings: Settings) -> Iterator[Entry]:

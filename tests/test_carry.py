@@ -142,6 +142,76 @@ def test_a_save_waits_for_it_and_stays(place: Place, kind: Any) -> None:
         assert attempt(SyncCheckpoint, place, uri)[1].read() == b"%d" % number
 
 
+@pytest.mark.parametrize("kind", FACES)
+def test_a_save_by_another_instance_waits_for_it_and_stays(place: Place, kind: Any) -> None:
+    """A task may ask for both faces of its attempt, and each carries what it has loaded."""
+    source, first = attempt(kind, place, None)
+    save(first, os.urandom(100_000))
+    for number in range(20):
+        uri, checkpoint = attempt(kind, place, source)
+        others = [face(uri, source, storage_options=place.options) for face in FACES]
+        for loading in (checkpoint, *others):
+            load(loading)
+        time.sleep(number * 0.0005)
+        save(others[number % 2], b"%d" % number)
+        for loading in (checkpoint, *others):
+            carried(loading)
+        assert attempt(SyncCheckpoint, place, uri)[1].read() == b"%d" % number
+
+
+@pytest.mark.parametrize("size", [10, 20 << 20])
+def test_what_another_process_saves_meanwhile_stays(
+    place: Place, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "COPY_SIZE", 6 << 20)
+    monkeypatch.setattr(s3_objects, "COPY_SIZE", 6 << 20)
+    loose, (source, first) = place.uri(), attempt(SyncCheckpoint, place, None)
+    first.write(os.urandom(size))
+    for name in ("model", "log/text"):
+        storage.at(f"{loose}/{name}", place.settings).put([name.encode()])
+    elsewhere = str(tmp_path / "elsewhere")
+    SyncCheckpoint(elsewhere).write(os.urandom(size))
+    for origin in (source, loose, elsewhere):
+        target = storage.at(place.uri(), place.settings)
+
+        def save(target: storage.StoredObject = target) -> bool:
+            target.put([b"newer"])
+            return False
+
+        with pytest.raises(storage.GivenUpError):
+            layout.copy(origin, target.uri, place.settings, save)
+        assert attempt(SyncCheckpoint, place, target.uri)[1].read() == b"newer"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_appears_at_the_last_moment_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    SyncCheckpoint(str(tmp_path / "first")).write(b"5")
+    target = tmp_path / "second"
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        real(file)
+        target.write_bytes(b"newer")
+
+    def link(*_: object) -> None:
+        raise OSError(95, "no hard links here")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    with pytest.raises(storage.GivenUpError):
+        layout.copy(str(tmp_path / "first"), str(target), storage.Settings({}), lambda: False)
+    assert target.read_bytes() == b"newer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    target.unlink()
+    monkeypatch.setattr(os, "fsync", real)
+    assert layout.copy(str(tmp_path / "first"), str(target), storage.Settings({}), lambda: False)
+    assert SyncCheckpoint("", str(target)).read() == b"5"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Have copies take until they are given up."""
     begun = threading.Event()
@@ -204,7 +274,7 @@ def test_the_server_copies_small_objects_in_one_request(s3: Place, monkeypatch: 
     target = storage.at(s3.uri(), s3.settings)
     made = requests(target, monkeypatch)  # type: ignore[arg-type]
     storage.at(source, s3.settings).copy_to(target, lambda: False)
-    assert made == ["head_object", "copy_object"]
+    assert made == ["head_object", "head_object", "copy_object"]
     stored = target.get()
     assert stored is not None
     assert stored.metadata["crc32"]

@@ -433,7 +433,7 @@ def test_the_old_steps_are_removed_only_when_the_new_one_is_safe(place: Place, m
             checkpoint.save_to_directory(advanced(3), step=3, keep=1)
     assert list(checkpoint.list_checkpoints()) == [1, 2]
     with monkeypatch.context() as patch:
-        patch.setattr(storage.LocalObject if place.is_local else storage.FsspecObject, "remove", fail)
+        patch.setattr(storage.LocalObject if place.is_local else storage.S3Object, "remove", fail)
         with pytest.raises(OSError, match="full"):
             checkpoint.save_to_directory(advanced(3), step=3, keep=1)
     assert checkpoint.restore_latest(Data()).at == 3

@@ -6,7 +6,7 @@ fsspec's general interface.
 
 from __future__ import annotations
 
-from flytekit_ckpt.storage.failures import overwritten
+from flytekit_ckpt.storage.failures import GivenUpError, overwritten
 from flytekit_ckpt.storage.general import FsspecObject
 from flytekit_ckpt.storage.local import ATTRIBUTE, LocalObject
 from flytekit_ckpt.storage.objects import (
@@ -14,7 +14,6 @@ from flytekit_ckpt.storage.objects import (
     PART_SIZE,
     RETRIES,
     TIMEOUT,
-    GivenUpError,
     Metadata,
     Settings,
     Stored,

@@ -108,12 +108,16 @@ def _is_of_the_network(error: BaseException) -> bool:
     return bool(names & passing) and not names & lasting
 
 
+class GivenUpError(Exception):
+    """Copying an object was given up: the caller asked for it, or something else is there."""
+
+
 @contextlib.contextmanager
 def reported(operation: str, uri: str, options: StorageOptions) -> Iterator[None]:
     """Turn whatever the storage raises into a `StorageError` that names the URI and holds no credentials."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, GivenUpError):
         raise
     except Exception as error:
         text = str(error).replace(uri, public(uri))

@@ -9,7 +9,7 @@ from typing import Any
 
 from flytekit_ckpt.options import resolved
 from flytekit_ckpt.pipeline import Chunk, Range
-from flytekit_ckpt.storage.failures import overwritten, tried_again
+from flytekit_ckpt.storage.failures import GivenUpError, overwritten, tried_again
 from flytekit_ckpt.storage.objects import PART_SIZE, Metadata, Settings, Stored, StoredObject, Written
 
 
@@ -90,6 +90,8 @@ class FsspecObject(StoredObject):
         if not (isinstance(target, FsspecObject) and target._protocol == self._protocol in _ATOMIC_COPIES):
             super().copy_to(target, given_up)
             return
+        if given_up() or target.exists():
+            raise GivenUpError
         with target._reporting("write"), contextlib.suppress(FileNotFoundError):
             self._retrying(lambda: self._filesystem.cp_file(self._key, target._key))
 

@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from flytekit_ckpt.entries import FileWriter
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
 from flytekit_ckpt.storage import slots
-from flytekit_ckpt.storage.failures import overwritten
-from flytekit_ckpt.storage.objects import GivenUpError, Metadata, Settings, Stored, StoredObject, Written
+from flytekit_ckpt.storage.failures import GivenUpError, overwritten
+from flytekit_ckpt.storage.objects import Metadata, Settings, Stored, StoredObject, Written
 
 LOCAL_SIZE = 256 << 10
 """Bytes read from a local file at a time: few, so that the same memory is used again and again."""
@@ -63,20 +64,23 @@ class LocalObject(StoredObject):
             return Written(written, finish(describe()))
 
     @contextlib.contextmanager
-    def _replacing(self) -> Iterator[tuple[int, Callable[[Metadata], str]]]:
-        """Give a new file, and what puts it, described, in the place of the one that is there."""
+    def _replacing(self) -> Iterator[tuple[int, _Finish]]:
+        """Give a new file, and what puts it, described, in the place of the one that is there, or only if none is."""
         with contextlib.ExitStack() as files:
             with self._reporting("write"):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 file, temporary = files.enter_context(slots.temporary(self._path))
 
-            def finish(metadata: Metadata) -> str:
+            def finish(metadata: Metadata, *, is_new: bool = False) -> str:
                 with self._reporting("write"):
                     _describe(file, metadata)
                     os.fsync(file)
                     if self._path.is_dir():
                         self._path.rmdir()
-                    os.replace(temporary, self._path)
+                    if is_new:
+                        _take_name(temporary, self._path)
+                    else:
+                        os.replace(temporary, self._path)
                     self._flush_name()
                     return _file_version(os.stat(self._path))
 
@@ -118,7 +122,7 @@ class LocalObject(StoredObject):
                     raise GivenUpError
                 with target._reporting("write"):
                     _copy(source.fileno(), file, Range(start, min(COPY_SIZE, size - start)))
-            finish(_description(source.fileno()))
+            finish(_description(source.fileno()), is_new=True)
 
     def exists(self) -> bool:
         with self._reporting("read"):
@@ -162,6 +166,23 @@ class LocalObject(StoredObject):
         with self._reporting("remove"):
             # Not what a link leads to.
             self._name.unlink(missing_ok=True)
+
+
+class _Finish(Protocol):
+    def __call__(self, metadata: Metadata, *, is_new: bool = False) -> str: ...
+
+
+def _take_name(temporary: Path, name: Path) -> None:
+    """Give a file a name that nobody else has."""
+    try:
+        os.link(temporary, name)
+    except FileExistsError:
+        raise GivenUpError from None
+    except OSError:
+        # Not every file system has hard links.
+        if name.exists():
+            raise GivenUpError from None
+        os.replace(temporary, name)
 
 
 def _describe(file: int, metadata: Metadata) -> None:

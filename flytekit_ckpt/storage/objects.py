@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Chunk, Range, in_order
-from flytekit_ckpt.storage.failures import reported
+from flytekit_ckpt.storage.failures import GivenUpError, reported
 
 PART_SIZE = 8 << 20
 """Bytes asked for or sent in one request; an object that fits into one part takes one request."""
@@ -87,10 +87,6 @@ class Written:
     version: str | None
 
 
-class GivenUpError(Exception):
-    """Copying an object was given up, as the caller asked."""
-
-
 class StoredObject(ABC):
     """The object at one URI.
 
@@ -147,9 +143,11 @@ class StoredObject(ABC):
                 close()
 
     def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
-        """Write the same object elsewhere, with its metadata; nothing where this one is not there.
+        """Write the same object elsewhere, with its metadata, if nothing is there; nothing where this one is not there.
 
-        By the server or the file system where both lie with the same one.
+        By the server or the file system where both lie with the same one. What someone else has written to the target
+        meanwhile stays, unless it comes while a server makes the copy, in a single request, and does not know
+        conditions.
 
         Parameters
         ----------
@@ -161,7 +159,7 @@ class StoredObject(ABC):
         Raises
         ------
         GivenUpError
-            If it was given up.
+            If it was given up, or something is at the target.
         StorageError
             If the storage refuses or fails.
         """
@@ -174,6 +172,8 @@ class StoredObject(ABC):
                 if given_up():
                     raise GivenUpError
                 yield chunk
+            if target.exists():
+                raise GivenUpError
 
         target.put(chunks(), size=lambda: stored.size, describe=lambda: stored.metadata)
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, Range, in_order
 from flytekit_ckpt.storage import forks
-from flytekit_ckpt.storage.failures import IncompleteAnswerError, overwritten, s3_code
+from flytekit_ckpt.storage.failures import GivenUpError, IncompleteAnswerError, overwritten, s3_code
 from flytekit_ckpt.storage.general import FsspecObject
-from flytekit_ckpt.storage.objects import CONCURRENCY, PART_SIZE, GivenUpError, Metadata, Stored, StoredObject, Written
+from flytekit_ckpt.storage.objects import CONCURRENCY, PART_SIZE, Metadata, Stored, StoredObject, Written
 from flytekit_ckpt.storage.parts import COPY_SIZE, copied_ranges, divide
 
 PACE = 4 << 20
@@ -73,7 +73,13 @@ class S3Object(FsspecObject):
             return Written(len(content), _version(answer))
 
     def _put_parts(
-        self, parts: Iterable[bytes | Range], metadata: Metadata, source: str, previous: Written | None
+        self,
+        parts: Iterable[bytes | Range],
+        metadata: Metadata,
+        source: str,
+        previous: Written | None,
+        *,
+        is_new: bool = False,
     ) -> Written:
         """Upload an object in parts; ranges are those of the object with the key `source`, as it was written."""
         token = uuid.uuid4().hex
@@ -99,17 +105,19 @@ class S3Object(FsspecObject):
             with self._reporting("write"):
                 if previous is not None:
                     self._at(source)._check(previous)
-                version = self._complete(upload, [part for _, part in sent], token)
+                with contextlib.ExitStack() as stack:
+                    condition = stack.enter_context(self._as_new("CompleteMultipartUpload")) if is_new else {}
+                    version = self._complete(upload, [part for _, part in sent], token, condition)
         except BaseException:
             with contextlib.suppress(Exception):
                 self._call("abort_multipart_upload", UploadId=upload)
             raise
         return Written(sum(size for size, _ in sent), version)
 
-    def _complete(self, upload: str, parts: list[dict[str, Any]], token: str) -> str:
+    def _complete(self, upload: str, parts: list[dict[str, Any]], token: str, condition: dict[str, Any]) -> str:
         try:
             # The server may take long over ten thousand parts.
-            arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+            arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}, **condition}
             answer = self._call("complete_multipart_upload", moved=10 * PACE, **arguments)
         except Exception:
             # The answer may be all that was lost, and the server knows nothing of the upload any more.
@@ -147,8 +155,8 @@ class S3Object(FsspecObject):
         if given_up():
             raise GivenUpError
         if size <= COPY_SIZE:
-            with target._reporting("write"):
-                target._call("copy_object", CopySource={"Bucket": bucket, "Key": key})
+            with target._reporting("write"), target._as_new("CopyObject") as condition:
+                target._call("copy_object", CopySource={"Bucket": bucket, "Key": key}, **condition)
             return
 
         def parts() -> Iterator[Range]:
@@ -157,7 +165,23 @@ class S3Object(FsspecObject):
                     raise GivenUpError
                 yield part
 
-        target._put_parts(parts(), _described(found), self._key, Written(size, _version(found)))
+        target._put_parts(parts(), _described(found), self._key, Written(size, _version(found)), is_new=True)
+
+    @contextlib.contextmanager
+    def _as_new(self, operation: str) -> Iterator[dict[str, Any]]:
+        """Give the condition under which a request makes an object where none is.
+
+        Not every server looks at it (Ceph's gateway does not when it copies), nor is it known to every botocore.
+        """
+        if self.exists():
+            raise GivenUpError
+        members = self._filesystem.s3.meta.service_model.operation_model(operation).input_shape.members
+        try:
+            yield {"IfNoneMatch": "*"} if "IfNoneMatch" in members else {}
+        except OSError as error:
+            if s3_code(error) in _THERE:
+                raise GivenUpError from error
+            raise
 
     def exists(self) -> bool:
         with self._reporting("read"):
@@ -324,3 +348,6 @@ def _described(answer: Mapping[str, Any]) -> Metadata:
 
 # What S3 answers to a request for a part of an object that is another one by now, or gone.
 _CHANGED = {"PreconditionFailed", "412", "NoSuchKey", "404", "InvalidRange", "416"}
+
+# What it answers to one that makes a new object where another one is, or is being made.
+_THERE = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
