@@ -159,6 +159,20 @@ def test_a_save_by_another_instance_waits_for_it_and_stays(place: Place, kind: A
         assert attempt(SyncCheckpoint, place, uri)[1].read() == b"%d" % number
 
 
+def test_a_save_by_another_instance_gives_it_up_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, destination = tmp_path / "first", tmp_path / "second"
+    SyncCheckpoint(str(source)).write(b"5")
+    loading, saving = SyncCheckpoint(str(destination), str(source)), Checkpoint(f"file://{destination}", str(source))
+    begun = held(monkeypatch)
+    loading.read()
+    assert begun.wait(10)
+    saving.save_sync(b"6")
+    copying = loading._carry._copying
+    assert copying is not None
+    assert copying.done()
+    assert SyncCheckpoint("", str(destination)).read() == b"6"
+
+
 @pytest.mark.parametrize("size", [10, 20 << 20])
 def test_what_another_process_saves_meanwhile_stays(
     place: Place, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,11 +228,11 @@ def test_a_file_that_appears_at_the_last_moment_stays(
 
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Have copies take until they are given up."""
-    begun = threading.Event()
+    begun, deadline = threading.Event(), time.monotonic() + 10
 
     def copy(source: str, destination: str, settings: Any, given_up: Callable[[], bool]) -> bool:
         begun.set()
-        while not given_up():
+        while not given_up() and time.monotonic() < deadline:
             time.sleep(0.001)
         raise storage.GivenUpError
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ _PREFIX = "flytekit-ckpt-"
 
 # Tells the objects of this upload from those of any other.
 _UPLOAD = "upload"
+
+
+_BETWEEN_ABORTS = (0.1, 0.5, 0.0)
+"""Seconds to wait after each."""
 
 
 class S3Object(FsspecObject):
@@ -109,10 +114,16 @@ class S3Object(FsspecObject):
                     condition = stack.enter_context(self._as_new("CompleteMultipartUpload")) if is_new else {}
                     version = self._complete(upload, [part for _, part in sent], token, condition)
         except BaseException:
-            with contextlib.suppress(Exception):
-                self._call("abort_multipart_upload", UploadId=upload)
+            self._abort(upload)
             raise
         return Written(sum(size for size, _ in sent), version)
+
+    def _abort(self, upload: str) -> None:
+        """Abort an upload until the server knows nothing of it: a part on its way may come in after the first time."""
+        with contextlib.suppress(Exception):
+            for seconds in _BETWEEN_ABORTS:
+                self._call("abort_multipart_upload", UploadId=upload)
+                time.sleep(seconds)
 
     def _complete(self, upload: str, parts: list[dict[str, Any]], token: str, condition: dict[str, Any]) -> str:
         try:
