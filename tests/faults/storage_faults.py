@@ -5,7 +5,7 @@ python -m tests.faults.storage_faults --rounds 100 --rate 0.05
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import os
 import random
@@ -17,9 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import click
 import s3fs
 
 from tests import s3_server
+from tests.conftest import Place, empty
 from tests.faults import proxy
 from tests.s3_server import S3Server
 from tests.trees import Tree, look, make
@@ -58,10 +60,11 @@ def trial(
         How many rounds came to which of `OUTCOMES`, and under "faults" how many requests got one. After a round that
         hangs there are no more.
     """
-    direct = s3fs.S3FileSystem(endpoint_url=server.endpoint, key=server.key, secret=server.secret)
-    bucket = f"trial-{uuid.uuid4().hex[:8]}"
-    direct.call_s3("create_bucket", Bucket=bucket)
-    with proxy.serve(server.endpoint, rate=rate, seed=seed, kinds=kinds) as faulty:
+    options = {"endpoint_url": server.endpoint, "key": server.key, "secret": server.secret}
+    place = Place(f"s3://trial-{uuid.uuid4().hex[:8]}", options, server)
+    s3fs.S3FileSystem(**options).mkdir(place.root)
+    with contextlib.ExitStack() as emptied, proxy.serve(server.endpoint, rate=rate, seed=seed, kinds=kinds) as faulty:
+        emptied.callback(empty, place)
         variables = {
             "FLYTE_AWS_ENDPOINT": faulty.endpoint,
             "FLYTE_AWS_ACCESS_KEY_ID": server.key,
@@ -70,7 +73,7 @@ def trial(
         # Their clients are cached, with the endpoint that they began with.
         command = [sys.executable, "-m", __name__ if __name__ != "__main__" else "tests.faults.storage_faults"]
         process = subprocess.Popen(
-            [*command, "--worker", face, "--root", f"s3://{bucket}", "--rounds", str(rounds)],
+            [*command, "--worker", face, "--root", place.root, "--rounds", str(rounds)],
             cwd=Path(__file__).parents[2],
             env={**os.environ, **variables},
             stdout=subprocess.PIPE,
@@ -188,27 +191,23 @@ def _outcome(save: Save, load: Load, uri: str, data: bytes | Path) -> str:
     return "right" if found == data else "wrong"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--rate", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faces", default=",".join(FACES))
-    parser.add_argument("--kinds", default=",".join(proxy.QUICK))
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--root", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.worker:
-        _work(chosen.worker, chosen.root, chosen.rounds)
+@click.command()
+@click.option("--rounds", default=100, show_default=True)
+@click.option("--rate", default=0.05, show_default=True, help="Share of the requests that get a fault.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--faces", default=",".join(FACES), show_default=True)
+@click.option("--kinds", default=",".join(proxy.QUICK), show_default=True, help="Kinds of faults, in turn at random.")
+@click.option("--worker", hidden=True)
+@click.option("--root", default="", hidden=True)
+def main(rounds: int, rate: float, seed: int, faces: str, kinds: str, worker: str | None, root: str) -> None:
+    """Save and load over a network that fails: this package, flytekit and flyte in turn."""
+    if worker is not None:
+        _work(worker, root, rounds)
         return
     with tempfile.TemporaryDirectory() as folder, s3_server.serve(Path(folder)) as server:
-        for face in chosen.faces.split(","):
-            kinds = chosen.kinds.split(",")
-            counts = trial(server, face, rounds=chosen.rounds, rate=chosen.rate, seed=chosen.seed, kinds=kinds)
-            sys.stdout.write(
-                json.dumps({"face": face, **{name: counts[name] for name in (*OUTCOMES, "faults")}}) + "\n"
-            )
-            sys.stdout.flush()
+        for face in faces.split(","):
+            counts = trial(server, face, rounds=rounds, rate=rate, seed=seed, kinds=kinds.split(","))
+            click.echo(json.dumps({"face": face, **{name: counts[name] for name in (*OUTCOMES, "faults")}}))
 
 
 if __name__ == "__main__":
