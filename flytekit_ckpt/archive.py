@@ -34,6 +34,10 @@ HEADER_LIMIT = 4 << 20
 """Bytes that all the headers of one entry may take: they are in memory as a whole, and an attacker's are any size."""
 
 
+LINK_LIMIT = 4096
+"""Characters of what a link leads to, which no system takes more of; links are made last, all of them."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """Consecutive members that hold whole entries, and nothing but them.
@@ -364,7 +368,7 @@ def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[En
         following = tar.offset
         # tarfile would remember every entry of the archive.
         tar.members.clear()  # type: ignore[attr-defined]
-        if info.size < 0 or "\0" in info.name or "\0" in info.linkname:
+        if info.size < 0 or "\0" in info.name or "\0" in info.linkname or len(info.linkname) > LINK_LIMIT:
             message = f"the header of its entry {info.name!r} is damaged"
             raise CorruptCheckpointError(message)
         info.name = safe_name(info.name)

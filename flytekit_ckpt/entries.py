@@ -308,7 +308,8 @@ def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGE
     root = os.path.realpath(folder)
     names: set[str] = set()
     made: set[str] = set()
-    links: dict[str, tarfile.TarInfo] = {}
+    # Where each leads, and its time: an attacker's headers are large.
+    links: dict[str, tuple[str, int]] = {}
     folders: dict[str, tuple[int, int]] = {}
     for entry in entries:
         name, info = entry.name, entry.info
@@ -332,7 +333,7 @@ def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGE
                 # In a tar, the last entry of a name counts.
                 os.unlink(path)
             if info.issym():
-                links[name] = info
+                links[name] = (info.linkname, _mtime_ns(info))
             elif info.islnk():
                 os.link(os.path.join(root, info.linkname), path, follow_symlinks=False)
             else:
@@ -340,16 +341,16 @@ def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGE
         except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError) as error:
             message = f"its entry {name!r} contradicts an earlier one ({error})"
             raise CorruptCheckpointError(message) from error
-    for name, info in links.items():
-        os.symlink(info.linkname, os.path.join(root, name))
-    for name, info in links.items():
+    for name, (link, _) in links.items():
+        os.symlink(link, os.path.join(root, name))
+    for name, (link, mtime_ns) in links.items():
         path = os.path.join(root, name)
-        if _stays_inside(Path(path), info.linkname, root):
-            os.utime(path, ns=(_mtime_ns(info),) * 2, follow_symlinks=False)
+        if _stays_inside(Path(path), link, root):
+            os.utime(path, ns=(mtime_ns, mtime_ns), follow_symlinks=False)
         else:
             os.unlink(path)
             warnings.warn(
-                f"the link {name!r} is not restored: it leads out of the checkpoint, to {info.linkname!r}",
+                f"the link {name!r} is not restored: it leads out of the checkpoint, to {link!r}",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -648,6 +648,12 @@ def hungry() -> dict[str, Callable[[], bytes]]:
             pax({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "0"}),
             header("s", size=16 << 20), b"99999999\n", *numbers, END,
         ),
+        "long links": lambda: gzipped(
+            *(pax({"linkpath": "x" * (1 << 20)}) + link(f"{at}", "x") for at in range(300)), END
+        ),
+        "PAX records of links": lambda: gzipped(
+            *(pax({"comment": "x" * (1 << 20)}) + link(f"{at}", "x") for at in range(300)), END
+        ),
         "gzip name": lambda: b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * (60 << 20),
         "zeros after the end": lambda: gzipped(file("a"), END, *([bytes(1 << 20)] * 512)),
         "bz2": lambda: bz2.compress(file("a") + END + bytes(64 << 20)),
