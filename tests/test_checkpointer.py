@@ -194,6 +194,22 @@ def test_a_truncated_archive_is_an_error_that_leaves_the_users_folder_as_it_was(
         assert look(target) == before
 
 
+def test_a_folder_is_merged_through_the_users_link_only_if_that_stays_inside(tmp_path: Path) -> None:
+    uri = str(tmp_path / "checkpoint")
+    SyncCheckpoint(uri).save(make(tmp_path / "source", {"a": b"new", "data": None, "data/b": b"new"}))
+    inside = make(tmp_path / "inside", {"real": None, "real/c": b"old", "data": "real"})
+    SyncCheckpoint("", uri).restore(inside)
+    merged = make(tmp_path / "merged", {"a": b"new", "real": None, "real/b": b"new", "real/c": b"old", "data": "real"})
+    assert look(inside, modes=False) == look(merged, modes=False)
+    (tmp_path / "elsewhere").mkdir()
+    outside = make(tmp_path / "outside", {"a": b"old"})
+    (outside / "data").symlink_to("../elsewhere")
+    with pytest.raises(StorageError, match="outside/data is in the way"):
+        SyncCheckpoint("", uri).restore(outside)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (outside / "a").read_bytes() == b"old"
+
+
 def test_a_conflict_with_the_users_folder_is_an_error_before_anything_is_replaced(tmp_path: Path) -> None:
     uri = str(tmp_path / "checkpoint")
     SyncCheckpoint(uri).save(make(tmp_path / "source", {"a": b"new", "b": None, "b/c": b"new"}))
