@@ -38,6 +38,13 @@ def test_the_next_save_removes_what_killed_ones_left(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["object"]
 
 
+def test_all_that_several_killed_at_once_left_is_removed(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f".object.{number}.tmp").write_bytes(b"left")
+    SyncCheckpoint(str(tmp_path / "object")).write(b"5")
+    assert os.listdir(tmp_path) == ["object"]
+
+
 def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "object"
     with slots.temporary(path) as (first, first_name), slots.temporary(path) as (second, second_name):

@@ -66,6 +66,15 @@ say("never")
     assert saved(tmp_path, "last") == b"last words"
 
 
+def test_the_signal_in_the_midst_of_the_callback_does_not_call_it_again(tmp_path: Path) -> None:
+    body = """
+on_termination(lambda: (say("callback"), kill(), say("callback ends")))
+kill()
+say("never")
+"""
+    assert run(tmp_path, body) == (-signal.SIGTERM, ["callback", "callback ends"])
+
+
 def test_saves_of_other_threads_are_finished_first(tmp_path: Path) -> None:
     body = """
 on_termination(lambda: say("callback"))

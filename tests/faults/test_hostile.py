@@ -654,6 +654,9 @@ def hungry() -> dict[str, Callable[[], bytes]]:
         "PAX records of links": lambda: gzipped(
             *(pax({"comment": "x" * (1 << 20)}) + link(f"{at}", "x") for at in range(300)), END
         ),
+        "global PAX headers": lambda: gzipped(
+            *(pax({f"key{at}": "x" * (1 << 20)}, tarfile.XGLTYPE) + file(f"{at}") for at in range(300)), END
+        ),
         "gzip name": lambda: b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * (60 << 20),
         "zeros after the end": lambda: gzipped(file("a"), END, *([bytes(1 << 20)] * 512)),
         "bz2": lambda: bz2.compress(file("a") + END + bytes(64 << 20)),
