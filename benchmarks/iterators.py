@@ -56,6 +56,7 @@ def listing(steps: int) -> tuple[float, int]:
     sys.path.insert(0, str(HERE.parent))
     import s3fs
 
+    from flytekit_ckpt import storage
     from flytekit_ckpt.iterators import IteratorCheckpoint
     from tests.s3_server import serve
 
@@ -65,8 +66,9 @@ def listing(steps: int) -> tuple[float, int]:
         filesystem.call_s3("create_bucket", Bucket="steps")
         filesystem.pipe({f"s3://steps/ckpt-{step}": b"" for step in range(steps)}, batch_size=64)
         requests: list[str] = []
-        filesystem.s3.meta.events.register("before-call.s3", lambda model, **_: requests.append(model.name))
         # The same filesystem: fsspec keeps one for equal options.
+        own = storage.at("s3://steps", storage.Settings(options))._filesystem  # type: ignore[attr-defined]
+        own.s3.meta.events.register("before-call.s3", lambda model, **_: requests.append(model.name))
         checkpoint = IteratorCheckpoint("s3://steps", storage_options=options)
         started = time.perf_counter()
         found = checkpoint.list_checkpoints()

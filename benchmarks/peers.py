@@ -50,8 +50,9 @@ class FlytekitCkpt(Peer):
         self._new(uri).save_sync(folder)
 
     def load(self, uri: str) -> Path:
-        # What was loaded lasts as long as the checkpoint, here as with the others.
-        self._loaded = self._new("unused", uri)
+        # What was loaded lasts as long as the checkpoint, here as with the others. Without a destination nothing is
+        # carried forward to it behind the measurement.
+        self._loaded = self._new("", uri)
         return Path(self._loaded.load_sync() or "nothing")
 
     def saver(self, uri: str) -> Callable[[Path], None]:
@@ -61,7 +62,7 @@ class FlytekitCkpt(Peer):
         return self._legacy(uri).write
 
     def read(self, uri: str) -> bytes:
-        return self._legacy("unused", uri).read() or b""
+        return self._legacy("", uri).read() or b""
 
 
 class Flytekit(Peer):
