@@ -67,8 +67,13 @@ class Carry:
         self._is_loaded = False
         self._copying: concurrent.futures.Future[None] | None = None
         self._process = os.getpid()
-        self._place = _Place.of(destination)
-        self._place.carries.add(self)
+        self._join()
+
+    def _join(self) -> None:
+        self._place = _Place.of(self._destination)
+        # Someone who saves there may be looking at them.
+        with self._place.lock:
+            self._place.carries.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # The process that began it goes on with it.
@@ -77,8 +82,7 @@ class Carry:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._place = _Place.of(self._destination)
-        self._place.carries.add(self)
+        self._join()
 
     def begin(self) -> None:
         """Begin, once; called when the checkpoint has been loaded."""

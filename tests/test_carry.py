@@ -159,6 +159,29 @@ def test_a_save_by_another_instance_waits_for_it_and_stays(place: Place, kind: A
         assert attempt(SyncCheckpoint, place, uri)[1].read() == b"%d" % number
 
 
+def test_instances_may_be_made_while_another_saves_to_the_same_destination(tmp_path: Path) -> None:
+    uri = str(tmp_path / "checkpoint")
+    made, is_over = [SyncCheckpoint(uri) for _ in range(2000)], threading.Event()
+    saving = made[0]
+
+    def make_instances() -> None:
+        while not is_over.is_set():
+            made.append(SyncCheckpoint(uri))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=make_instances)
+    thread.start()
+    try:
+        for _ in range(20):
+            with saving._carry.making_way():
+                pass
+    finally:
+        is_over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
 def test_a_save_by_another_instance_gives_it_up_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, destination = tmp_path / "first", tmp_path / "second"
     SyncCheckpoint(str(source)).write(b"5")
