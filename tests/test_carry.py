@@ -220,6 +220,32 @@ def test_what_another_process_saves_meanwhile_stays(
         assert attempt(SyncCheckpoint, place, target.uri)[1].read() == b"newer"
 
 
+@pytest.mark.parametrize("size", [10, 17 << 20])
+def test_a_server_that_knows_conditions_is_given_one(s3: Place, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceph's gateway does not look at it when it copies, so the refusal is the test's."""
+    monkeypatch.setattr(parts, "COPY_SIZE", 6 << 20)
+    monkeypatch.setattr(s3_objects, "COPY_SIZE", 6 << 20)
+    source, first = attempt(SyncCheckpoint, s3, None)
+    first.write(os.urandom(size))
+    real = s3_objects.S3Object._call
+    conditions = []
+
+    def call(self: Any, method: str, **arguments: Any) -> Any:
+        if "IfNoneMatch" not in arguments:
+            return real(self, method, **arguments)
+        conditions.append((method, arguments["IfNoneMatch"]))
+        refusal = OSError("refused")
+        refusal.response = {"Error": {"Code": "PreconditionFailed"}}  # type: ignore[attr-defined]
+        raise refusal
+
+    monkeypatch.setattr(s3_objects.S3Object, "_call", call)
+    target = storage.at(s3.uri(), s3.settings)
+    with pytest.raises(storage.GivenUpError):
+        storage.at(source, s3.settings).copy_to(target, lambda: False)
+    assert conditions == [("copy_object" if size == 10 else "complete_multipart_upload", "*")]
+    assert not target.exists()
+
+
 @pytest.mark.parametrize("has_links", [True, False])
 def test_a_file_that_appears_at_the_last_moment_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
