@@ -133,7 +133,7 @@ class Carry:
         try:
             if layout.copy(self._source, self._destination, self._settings, lambda: self._place.saves > 0):
                 logger.info("carried %s forward to %s in %.3f s", *places, time.perf_counter() - started)
-        except storage.GivenUpError:
+        except (storage.GivenUpError, storage.ConflictError):
             logger.info("%s is not carried forward to %s: something else is saved there", *places)
         except (CheckpointError, OSError) as error:
             logger.warning("%s was not carried forward to %s: %s", *places, error)

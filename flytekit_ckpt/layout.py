@@ -439,7 +439,7 @@ def _unless(given_up: Callable[[], bool], items: Iterator[_Item], target: storag
             raise storage.GivenUpError
         yield item
     if target.exists():
-        raise storage.GivenUpError
+        raise storage.ConflictError
 
 
 def get_unit(uri: str, unit: Unit, written: storage.Written, settings: Settings) -> Iterator[Entry]:

@@ -215,7 +215,7 @@ def test_what_another_process_saves_meanwhile_stays(
             target.put([b"newer"])
             return False
 
-        with pytest.raises(storage.GivenUpError):
+        with pytest.raises(storage.ConflictError):
             layout.copy(origin, target.uri, place.settings, save)
         assert attempt(SyncCheckpoint, place, target.uri)[1].read() == b"newer"
 
@@ -231,16 +231,16 @@ def test_a_server_that_knows_conditions_is_given_one(s3: Place, size: int, monke
     conditions = []
 
     def call(self: Any, method: str, **arguments: Any) -> Any:
-        if "IfNoneMatch" not in arguments:
+        if "If-None-Match" not in (arguments.get("headers") or {}):
             return real(self, method, **arguments)
-        conditions.append((method, arguments["IfNoneMatch"]))
+        conditions.append((method, arguments["headers"]["If-None-Match"]))
         refusal = OSError("refused")
         refusal.response = {"Error": {"Code": "PreconditionFailed"}}  # type: ignore[attr-defined]
         raise refusal
 
     monkeypatch.setattr(s3_objects.S3Object, "_call", call)
     target = storage.at(s3.uri(), s3.settings)
-    with pytest.raises(storage.GivenUpError):
+    with pytest.raises(storage.ConflictError):
         storage.at(source, s3.settings).copy_to(target, lambda: False)
     assert conditions == [("copy_object" if size == 10 else "complete_multipart_upload", "*")]
     assert not target.exists()
@@ -264,7 +264,7 @@ def test_a_file_that_appears_at_the_last_moment_stays(
     monkeypatch.setattr(os, "fsync", fsync)
     if not has_links:
         monkeypatch.setattr(os, "link", link)
-    with pytest.raises(storage.GivenUpError):
+    with pytest.raises(storage.ConflictError):
         layout.copy(str(tmp_path / "first"), str(target), storage.Settings({}), lambda: False)
     assert target.read_bytes() == b"newer"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]

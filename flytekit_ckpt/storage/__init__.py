@@ -6,15 +6,17 @@ fsspec's general interface.
 
 from __future__ import annotations
 
-from flytekit_ckpt.storage.failures import GivenUpError, overwritten
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten
 from flytekit_ckpt.storage.general import FsspecObject
 from flytekit_ckpt.storage.local import ATTRIBUTE, LocalObject
 from flytekit_ckpt.storage.objects import (
+    ANYTHING,
     CONCURRENCY,
     PART_SIZE,
     RETRIES,
     TIMEOUT,
     Metadata,
+    Replaced,
     Settings,
     Stored,
     StoredObject,
@@ -24,15 +26,18 @@ from flytekit_ckpt.storage.s3 import S3Object
 from flytekit_ckpt.storage.uris import local_path, public
 
 __all__ = [
+    "ANYTHING",
     "ATTRIBUTE",
     "CONCURRENCY",
     "PART_SIZE",
     "RETRIES",
     "TIMEOUT",
+    "ConflictError",
     "FsspecObject",
     "GivenUpError",
     "LocalObject",
     "Metadata",
+    "Replaced",
     "S3Object",
     "Settings",
     "Stored",

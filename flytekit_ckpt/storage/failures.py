@@ -112,12 +112,16 @@ class GivenUpError(Exception):
     """Copying an object was given up: the caller asked for it, or something else is there."""
 
 
+class ConflictError(Exception):
+    """Something else is at a URI than what was to be replaced there."""
+
+
 @contextlib.contextmanager
 def reported(operation: str, uri: str, options: StorageOptions) -> Iterator[None]:
     """Turn whatever the storage raises into a `StorageError` that names the URI and holds no credentials."""
     try:
         yield
-    except (CheckpointError, GivenUpError):
+    except (CheckpointError, GivenUpError, ConflictError):
         raise
     except Exception as error:
         text = str(error).replace(uri, public(uri))

@@ -9,8 +9,17 @@ from typing import Any
 
 from flytekit_ckpt.options import resolved
 from flytekit_ckpt.pipeline import Chunk, Range
-from flytekit_ckpt.storage.failures import GivenUpError, overwritten, tried_again
-from flytekit_ckpt.storage.objects import PART_SIZE, Metadata, Settings, Stored, StoredObject, Written
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten, tried_again
+from flytekit_ckpt.storage.objects import (
+    ANYTHING,
+    PART_SIZE,
+    Metadata,
+    Replaced,
+    Settings,
+    Stored,
+    StoredObject,
+    Written,
+)
 
 
 class FsspecObject(StoredObject):
@@ -39,6 +48,7 @@ class FsspecObject(StoredObject):
         size: Callable[[], int] | None,  # noqa: ARG002 - its filesystem divides the object as it will
         previous: Written | None,
         describe: Callable[[], Metadata],  # noqa: ARG002 - every store has its own way to keep it, if any
+        replaced: Replaced,
     ) -> Written:
         written = 0
         with self._reporting("write"):
@@ -54,6 +64,8 @@ class FsspecObject(StoredObject):
                 with self._reporting("write"):
                     file.write(chunk)
                 written += len(chunk)
+            # There is no condition that every store knows.
+            self._compare(replaced)
             with self._reporting("write"):
                 file.close()
                 filesystem.end_transaction()
@@ -71,6 +83,16 @@ class FsspecObject(StoredObject):
                 yield from self.get_range(chunk, previous or Written(0, None))
             else:
                 yield chunk
+
+    def _compare(self, replaced: Replaced) -> None:
+        """Refuse to go on if something else is there than what is to be replaced."""
+        if replaced is not ANYTHING and self._current_version() != (None if replaced is None else replaced.version):
+            raise ConflictError
+
+    def _current_version(self) -> str | None:
+        """What version of the object is there; `None` if there is none."""
+        info = self._info()
+        return None if info is None else _info_version(info)
 
     def exists(self) -> bool:
         return self._info() is not None
@@ -90,8 +112,9 @@ class FsspecObject(StoredObject):
         if not (isinstance(target, FsspecObject) and target._protocol == self._protocol in _ATOMIC_COPIES):
             super().copy_to(target, given_up)
             return
-        if given_up() or target.exists():
+        if given_up():
             raise GivenUpError
+        target._compare(None)
         with target._reporting("write"), contextlib.suppress(FileNotFoundError):
             self._retrying(lambda: self._filesystem.cp_file(self._key, target._key))
 

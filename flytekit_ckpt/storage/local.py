@@ -13,8 +13,8 @@ from typing import Protocol
 from flytekit_ckpt.entries import FileWriter
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
 from flytekit_ckpt.storage import slots
-from flytekit_ckpt.storage.failures import GivenUpError, overwritten
-from flytekit_ckpt.storage.objects import Metadata, Settings, Stored, StoredObject, Written
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten
+from flytekit_ckpt.storage.objects import Anything, Metadata, Replaced, Settings, Stored, StoredObject, Written
 
 LOCAL_SIZE = 256 << 10
 """Bytes read from a local file at a time: few, so that the same memory is used again and again."""
@@ -41,6 +41,7 @@ class LocalObject(StoredObject):
         size: Callable[[], int] | None,  # noqa: ARG002 - a file grows as it will
         previous: Written | None,
         describe: Callable[[], Metadata],
+        replaced: Replaced,
     ) -> Written:
         old: list[io.FileIO] = []
         with contextlib.ExitStack() as files:
@@ -61,30 +62,40 @@ class LocalObject(StoredObject):
 
             # In a thread, so that what follows is packed meanwhile.
             written = sum(in_order(write, sized(), threads=1, memory=self._settings.share))
-            return Written(written, finish(describe()))
+            return Written(written, finish(describe(), replaced))
 
     @contextlib.contextmanager
     def _replacing(self) -> Iterator[tuple[int, _Finish]]:
-        """Give a new file, and what puts it, described, in the place of the one that is there, or only if none is."""
+        """Give a new file, and what puts it, described, in the place of what is there."""
         with contextlib.ExitStack() as files:
             with self._reporting("write"):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 file, temporary = files.enter_context(slots.temporary(self._path))
 
-            def finish(metadata: Metadata, *, is_new: bool = False) -> str:
+            def finish(metadata: Metadata, replaced: Replaced) -> str:
                 with self._reporting("write"):
                     _describe(file, metadata)
                     os.fsync(file)
-                    if self._path.is_dir():
-                        self._path.rmdir()
-                    if is_new:
+                    if replaced is None:
                         _take_name(temporary, self._path)
                     else:
+                        self._compare(replaced)
                         os.replace(temporary, self._path)
                     self._flush_name()
                     return _file_version(os.stat(self._path))
 
             yield file, finish
+
+    def _compare(self, replaced: Written | Anything) -> None:
+        """Refuse to go on if another file is there; who saves to a destination holds its lock."""
+        if not isinstance(replaced, Written):
+            return
+        try:
+            version = _file_version(os.stat(self._path))
+        except FileNotFoundError:
+            raise ConflictError from None
+        if version != replaced.version:
+            raise ConflictError
 
     def _flush_name(self) -> None:
         folder = os.open(self._path.parent, os.O_RDONLY)
@@ -122,7 +133,7 @@ class LocalObject(StoredObject):
                     raise GivenUpError
                 with target._reporting("write"):
                     _copy(source.fileno(), file, Range(start, min(COPY_SIZE, size - start)))
-            finish(_description(source.fileno()), is_new=True)
+            finish(_description(source.fileno()), None)
 
     def exists(self) -> bool:
         with self._reporting("read"):
@@ -169,7 +180,7 @@ class LocalObject(StoredObject):
 
 
 class _Finish(Protocol):
-    def __call__(self, metadata: Metadata, *, is_new: bool = False) -> str: ...
+    def __call__(self, metadata: Metadata, replaced: Replaced) -> str: ...
 
 
 def _take_name(temporary: Path, name: Path) -> None:
@@ -177,11 +188,11 @@ def _take_name(temporary: Path, name: Path) -> None:
     try:
         os.link(temporary, name)
     except FileExistsError:
-        raise GivenUpError from None
+        raise ConflictError from None
     except OSError:
         # Not every file system has hard links.
         if name.exists():
-            raise GivenUpError from None
+            raise ConflictError from None
         os.replace(temporary, name)
 
 

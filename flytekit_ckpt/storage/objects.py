@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,6 +88,18 @@ class Written:
     version: str | None
 
 
+class Anything(enum.Enum):
+    """Stands for whatever may be at a URI."""
+
+    ANYTHING = enum.auto()
+
+
+ANYTHING = Anything.ANYTHING
+
+Replaced = Written | Anything | None
+"""What a write may replace: an object as it was written, nothing at all (`None`), or `ANYTHING`."""
+
+
 class StoredObject(ABC):
     """The object at one URI.
 
@@ -110,6 +123,7 @@ class StoredObject(ABC):
         size: Callable[[], int] | None = None,
         previous: Written | None = None,
         describe: Callable[[], Metadata] = dict,
+        replaced: Replaced = ANYTHING,
     ) -> Written:
         """Write the object, atomically: readers see the previous object or this one, whole.
 
@@ -126,9 +140,14 @@ class StoredObject(ABC):
         describe : callable, optional
             Returns metadata for the object. Called as late as the storage can take it: after the last chunk was taken
             where that is possible, which on S3 it is only for what fits into one part.
+        replaced : Written, None or ANYTHING, default ANYTHING
+            What the object is to take the place of: an object as it was written, or nothing. If something else is there
+            it stays. Atomic where the storage offers that; elsewhere it is looked at right before the object appears.
 
         Raises
         ------
+        ConflictError
+            If something else than `replaced` is at the URI.
         StorageError
             If the storage refuses or fails.
         CheckpointError
@@ -136,7 +155,7 @@ class StoredObject(ABC):
         """
         source = iter(chunks)
         try:
-            return self._put(source, size, previous, describe)
+            return self._put(source, size, previous, describe, replaced)
         finally:
             close = getattr(source, "close", None)
             if close is not None:
@@ -159,7 +178,9 @@ class StoredObject(ABC):
         Raises
         ------
         GivenUpError
-            If it was given up, or something is at the target.
+            If it was given up.
+        ConflictError
+            If something is at the target.
         StorageError
             If the storage refuses or fails.
         """
@@ -172,10 +193,8 @@ class StoredObject(ABC):
                 if given_up():
                     raise GivenUpError
                 yield chunk
-            if target.exists():
-                raise GivenUpError
 
-        target.put(chunks(), size=lambda: stored.size, describe=lambda: stored.metadata)
+        target.put(chunks(), size=lambda: stored.size, describe=lambda: stored.metadata, replaced=None)
 
     @abstractmethod
     def exists(self) -> bool:
@@ -222,6 +241,7 @@ class StoredObject(ABC):
         size: Callable[[], int] | None,
         previous: Written | None,
         describe: Callable[[], Metadata],
+        replaced: Replaced,
     ) -> Written: ...
 
     def _in_order(

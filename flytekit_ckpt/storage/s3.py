@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import itertools
 import time
@@ -14,9 +15,19 @@ from typing import Any, NamedTuple
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, Range, in_order
 from flytekit_ckpt.storage import forks
-from flytekit_ckpt.storage.failures import GivenUpError, IncompleteAnswerError, overwritten, s3_code
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, IncompleteAnswerError, overwritten, s3_code
 from flytekit_ckpt.storage.general import FsspecObject
-from flytekit_ckpt.storage.objects import CONCURRENCY, PART_SIZE, Metadata, Stored, StoredObject, Written
+from flytekit_ckpt.storage.objects import (
+    ANYTHING,
+    CONCURRENCY,
+    PART_SIZE,
+    Anything,
+    Metadata,
+    Replaced,
+    Stored,
+    StoredObject,
+    Written,
+)
 from flytekit_ckpt.storage.parts import COPY_SIZE, copied_ranges, divide
 
 PACE = 4 << 20
@@ -57,6 +68,7 @@ class S3Object(FsspecObject):
         size: Callable[[], int] | None,
         previous: Written | None,
         describe: Callable[[], Metadata],
+        replaced: Replaced,
     ) -> Written:
         def fetched(part: Range) -> Iterator[Chunk]:
             return self.get_range(part, previous or Written(0, None))
@@ -65,17 +77,36 @@ class S3Object(FsspecObject):
         try:
             head = list(itertools.islice(parts, 2))
             if len(head) == 1 and isinstance(head[0], bytes):
-                return self._put_whole(head[0], describe())
-            return self._put_parts(itertools.chain(head, parts), describe(), self._key, previous)
+                return self._put_whole(head[0], describe(), replaced)
+            return self._put_parts(itertools.chain(head, parts), describe(), self._key, previous, replaced)
         except StorageError as error:
             if previous is not None and s3_code(error) in _CHANGED:
                 raise overwritten(self.uri) from error
             raise
 
-    def _put_whole(self, content: bytes, metadata: Metadata) -> Written:
+    def _put_whole(self, content: bytes, metadata: Metadata, replaced: Replaced) -> Written:
+        token = uuid.uuid4().hex
+        described = metadata if replaced is ANYTHING else {**metadata, _UPLOAD: token}
+        arguments = {"Body": content, "Metadata": _metadata(described)}
         with self._reporting("write"):
-            answer = self._call("put_object", moved=len(content), Body=content, Metadata=_metadata(metadata))
+            try:
+                answer = self._call("put_object", moved=len(content), headers=_condition(replaced), **arguments)
+            except OSError as error:
+                if s3_code(error) not in _CONFLICTS:
+                    raise
+                # It may be this very object that is in the way: the answer to an earlier try was lost.
+                answer = self._uploaded(token)
+                if answer is None:
+                    raise ConflictError from error
             return Written(len(content), _version(answer))
+
+    def _uploaded(self, token: str) -> Mapping[str, Any] | None:
+        """What the server says of the object, if it is the one with this token."""
+        try:
+            found: Mapping[str, Any] = self._call("head_object")
+        except FileNotFoundError:
+            return None
+        return found if _described(found).get(_UPLOAD) == token else None
 
     def _put_parts(
         self,
@@ -83,8 +114,7 @@ class S3Object(FsspecObject):
         metadata: Metadata,
         source: str,
         previous: Written | None,
-        *,
-        is_new: bool = False,
+        replaced: Replaced,
     ) -> Written:
         """Upload an object in parts; ranges are those of the object with the key `source`, as it was written."""
         token = uuid.uuid4().hex
@@ -110,9 +140,9 @@ class S3Object(FsspecObject):
             with self._reporting("write"):
                 if previous is not None:
                     self._at(source)._check(previous)
-                with contextlib.ExitStack() as stack:
-                    condition = stack.enter_context(self._as_new("CompleteMultipartUpload")) if is_new else {}
-                    version = self._complete(upload, [part for _, part in sent], token, condition)
+                # Not every server looks at the condition: Ceph's gateway does not where an upload is completed.
+                self._compare(replaced)
+                version = self._complete(upload, [part for _, part in sent], token, replaced)
         except BaseException:
             self._abort(upload)
             raise
@@ -125,17 +155,20 @@ class S3Object(FsspecObject):
                 self._call("abort_multipart_upload", UploadId=upload)
                 time.sleep(seconds)
 
-    def _complete(self, upload: str, parts: list[dict[str, Any]], token: str, condition: dict[str, Any]) -> str:
+    def _complete(self, upload: str, parts: list[dict[str, Any]], token: str, replaced: Replaced) -> str:
         try:
             # The server may take long over ten thousand parts.
-            arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}, **condition}
-            answer = self._call("complete_multipart_upload", moved=10 * PACE, **arguments)
-        except Exception:
+            arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+            headers = _condition(replaced)
+            answer = self._call("complete_multipart_upload", moved=10 * PACE, headers=headers, **arguments)
+        except Exception as error:
             # The answer may be all that was lost, and the server knows nothing of the upload any more.
             with contextlib.suppress(Exception):
-                found = self._call("head_object")
-                if _described(found).get(_UPLOAD) == token:
+                found = self._uploaded(token)
+                if found is not None:
                     return _version(found)
+            if s3_code(error) in _CONFLICTS:
+                raise ConflictError from error
             raise
         # Ceph's gateway leaves the tag out of this one answer.
         return _version(answer) or self._head_version()
@@ -166,8 +199,9 @@ class S3Object(FsspecObject):
         if given_up():
             raise GivenUpError
         if size <= COPY_SIZE:
-            with target._reporting("write"), target._as_new("CopyObject") as condition:
-                target._call("copy_object", CopySource={"Bucket": bucket, "Key": key}, **condition)
+            with target._reporting("write"):
+                target._compare(None)
+                target._copy_whole({"Bucket": bucket, "Key": key})
             return
 
         def parts() -> Iterator[Range]:
@@ -176,31 +210,27 @@ class S3Object(FsspecObject):
                     raise GivenUpError
                 yield part
 
-        target._put_parts(parts(), _described(found), self._key, Written(size, _version(found)), is_new=True)
+        target._put_parts(parts(), _described(found), self._key, Written(size, _version(found)), None)
 
-    @contextlib.contextmanager
-    def _as_new(self, operation: str) -> Iterator[dict[str, Any]]:
-        """Give the condition under which a request makes an object where none is.
-
-        Not every server looks at it (Ceph's gateway does not when it copies), nor is it known to every botocore.
-        """
-        if self.exists():
-            raise GivenUpError
-        members = self._filesystem.s3.meta.service_model.operation_model(operation).input_shape.members
+    def _copy_whole(self, source: dict[str, str]) -> None:
         try:
-            yield {"IfNoneMatch": "*"} if "IfNoneMatch" in members else {}
+            # Ceph's gateway does not look at the condition here.
+            self._call("copy_object", headers=_condition(None), CopySource=source)
         except OSError as error:
-            if s3_code(error) in _THERE:
-                raise GivenUpError from error
+            if s3_code(error) in _CONFLICTS:
+                raise ConflictError from error
             raise
 
     def exists(self) -> bool:
+        return self._current_version() is not None
+
+    def _current_version(self) -> str | None:
+        """What version of the object is there; `None` if there is none."""
         with self._reporting("read"):
             try:
-                self._call("head_object")
+                return self._head_version()
             except FileNotFoundError:
-                return False
-        return True
+                return None
 
     def _check(self, written: Written) -> None:
         # Not every server looks at the condition under which a part is copied.
@@ -258,7 +288,7 @@ class S3Object(FsspecObject):
         with self._reporting("remove"):
             self._call("delete_object")
 
-    def _listed(self, **arguments: str) -> Iterator[str]:
+    def _listed(self, **arguments: Any) -> Iterator[str]:
         """List the keys below this one, a thousand with each request."""
         key = self._key.partition("/")[2]
         prefix = key and key + "/"
@@ -273,7 +303,7 @@ class S3Object(FsspecObject):
     def _fetch(self, part: Range, version: str | None) -> _Piece:
         """Get a part of the object, of that version if one is given."""
         bucket, _, key = self._key.partition("/")
-        arguments = {"Range": f"bytes={part.start}-{part.start + part.length - 1}"}
+        arguments: dict[str, Any] = {"Range": f"bytes={part.start}-{part.start + part.length - 1}"}
         if version is not None:
             arguments["IfMatch"] = f'"{version}"'
 
@@ -281,9 +311,13 @@ class S3Object(FsspecObject):
             answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **arguments)
             # As they come: nobody needs them in one piece.
             chunks: list[bytes] = []
-            async with answer["Body"] as body:
+            # Not `async with`: before aiobotocore 3.8 that gives another object, whose `read` takes no size.
+            body = answer["Body"]
+            try:
                 while chunk := await body.read(CHUNK_SIZE):
                     chunks.append(chunk)
+            finally:
+                body.close()
             size = int(answer["ContentRange"].rpartition("/")[2])
             if sum(map(len, chunks)) != min(part.length, size - part.start):
                 message = "the answer ends early"
@@ -293,11 +327,15 @@ class S3Object(FsspecObject):
         answer: _Piece = self._requested(request, part.length)
         return answer
 
-    def _call(self, method: str, *, moved: int = 0, **arguments: Any) -> Any:
-        """Send a request that moves about so many bytes."""
+    def _call(self, method: str, *, moved: int = 0, headers: Mapping[str, str] | None = None, **arguments: Any) -> Any:
+        """Send a request that moves about so many bytes, with headers that not every botocore has a name for."""
         bucket, _, key = self._key.partition("/")
 
         async def request(filesystem: Any) -> Any:
+            if headers:
+                client = await filesystem.set_session()
+                client.meta.events.register("before-call.s3", _add_headers, unique_id=_add_headers.__qualname__)
+                _headers.set(headers)
             return await filesystem._call_s3(method, Bucket=bucket, Key=key, **arguments)
 
         return self._requested(request, moved)
@@ -314,6 +352,22 @@ class S3Object(FsspecObject):
             return await asyncio.wait_for(request(filesystem), limit)
 
         return self._retrying(lambda: sync(filesystem.loop, limited))
+
+
+# Of the request that the running task sends.
+_headers: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("_headers", default={})  # noqa: B039
+
+
+def _add_headers(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].update(_headers.get())
+
+
+def _condition(replaced: Replaced) -> dict[str, str]:
+    """Give the headers under which a request takes the place of this and nothing else."""
+    if isinstance(replaced, Anything):
+        return {}
+    # Not in quotes: older gateways of Ceph compare it letter by letter.
+    return {"If-None-Match": "*"} if replaced is None else {"If-Match": str(replaced.version)}
 
 
 class _Piece(NamedTuple):
@@ -360,5 +414,5 @@ def _described(answer: Mapping[str, Any]) -> Metadata:
 # What S3 answers to a request for a part of an object that is another one by now, or gone.
 _CHANGED = {"PreconditionFailed", "412", "NoSuchKey", "404", "InvalidRange", "416"}
 
-# What it answers to one that makes a new object where another one is, or is being made.
-_THERE = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
+# What it answers to one whose condition does not hold, or not any more, because another one came first.
+_CONFLICTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}
