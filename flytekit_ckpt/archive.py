@@ -46,15 +46,15 @@ class Unit:
     ----------
     first, last : list of str
         Sort keys of the first and the last entry.
-    parts : frozenset of int
-        Numbers of the parts that the entries came from.
+    parts : frozenset of str
+        Labels of the parts that the entries came from.
     start, length : int
         Where the members lie in the archive, in bytes.
     """
 
     first: list[str]
     last: list[str]
-    parts: frozenset[int]
+    parts: frozenset[str]
     start: int
     length: int
 
@@ -148,7 +148,7 @@ class _Plan:
     content: int = 0
     first: list[str] = field(default_factory=list)
     last: list[str] = field(default_factory=list)
-    parts: set[int] = field(default_factory=set)
+    parts: set[str] = field(default_factory=set)
 
     def begin(self, entry: Entry) -> None:
         self.last = entry.sort_key

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -45,7 +46,9 @@ _places: weakref.WeakValueDictionary[str, _Place] = weakref.WeakValueDictionary(
 
 
 class Carry:
-    """Copies one checkpoint to a destination behind the caller, unless something is there or is being saved there.
+    """Carries one checkpoint forward to a destination, unless something is there or is being saved there.
+
+    At once where that takes no time, as on a local disk; otherwise in the background.
 
     Parameters
     ----------
@@ -65,8 +68,10 @@ class Carry:
         self._settings = settings
         self._is_wanted = is_wanted and source is not None and bool(destination)
         self._is_loaded = False
+        self._copy_made: storage.Written | None = None
         self._copying: concurrent.futures.Future[None] | None = None
         self._process = os.getpid()
+        self._thread: int | None = None
         self._join()
 
     def _join(self) -> None:
@@ -90,6 +95,20 @@ class Carry:
             if not self._is_loaded:
                 self._is_loaded = True
                 self._start()
+
+    def has_carried(self, written: storage.Written) -> bool:
+        """Tell whether what is at the destination was only carried there, as far as this process knows."""
+        with self._place.lock:
+            if any(written == carry._copy_made for carry in self._place.carries):
+                return True
+        return self._source is not None and layout.is_linked(self._source, self._destination)
+
+    def close(self) -> None:
+        """Wait for it to end."""
+        copying = self._under_way()
+        # The copying thread may be the one that collects what it belongs to.
+        if copying is not None and threading.get_ident() != self._thread:
+            concurrent.futures.wait([copying])
 
     @contextlib.contextmanager
     def making_way(self) -> Iterator[None]:
@@ -116,7 +135,7 @@ class Carry:
         return self._copying if self._process == os.getpid() else None
 
     def _start(self) -> None:
-        if not self._is_wanted or not self._is_loaded or self._place.saves:
+        if not self._is_wanted or not self._is_loaded or self._place.saves or self._has_linked():
             return
         pool = concurrent.futures.ThreadPoolExecutor(1, "flytekit_ckpt-carry")
         # Unless the interpreter is on its way out.
@@ -126,12 +145,32 @@ class Carry:
             finish_at_exit(self._copying)
         pool.shutdown(wait=False)
 
+    def _has_linked(self) -> bool:
+        assert self._source is not None
+        try:
+            is_done = layout.link(self._source, self._destination, self._settings)
+        except storage.ConflictError:
+            is_done = True
+        except (CheckpointError, OSError):
+            # The copy says what is wrong.
+            return False
+        if is_done:
+            self._is_wanted = False
+            logger.info(
+                "carried %s forward to %s at once", storage.public(self._source), storage.public(self._destination)
+            )
+        return is_done
+
     def _copy(self) -> None:
         assert self._source is not None
+        self._thread = threading.get_ident()
         places = storage.public(self._source), storage.public(self._destination)
         started = time.perf_counter()
         try:
-            if layout.copy(self._source, self._destination, self._settings, lambda: self._place.saves > 0):
+            self._copy_made = layout.copy(
+                self._source, self._destination, self._settings, lambda: self._place.saves > 0
+            )
+            if self._copy_made is not None:
                 logger.info("carried %s forward to %s in %.3f s", *places, time.perf_counter() - started)
         except (storage.GivenUpError, storage.ConflictError):
             logger.info("%s is not carried forward to %s: something else is saved there", *places)

@@ -101,7 +101,7 @@ class SyncCheckpoint(Checkpoint):
         self._checkpoint_src = layout.named_source(checkpoint_src)
         self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
         self._carry = Carry(self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward)
-        self._destination = adapter.Destination(self._checkpoint_dest, self._settings)
+        self._destination = adapter.Destination(self._checkpoint_dest, self._settings, self._carry.has_carried)
         self._restored: Path | None = None
         self._restored_names: list[str] = []
         self._was_read = False

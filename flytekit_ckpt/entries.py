@@ -12,7 +12,7 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -23,7 +23,7 @@ FLUSH_SIZE = 8 << 20
 """Bytes after which a file that is being written is sent on to the disk."""
 
 PART_KEY = "flytekit_ckpt.part"
-"""PAX keyword naming the part (one saved file or folder) that an entry came from; absent for part 0."""
+"""PAX keyword with the label of the part (one saved file or folder) that an entry came from."""
 
 PAYLOAD_KEY = "flytekit_ckpt.payload"
 """PAX keyword on the single member of an archive that wraps a payload."""
@@ -59,9 +59,9 @@ class Entry:
         return self.info.name.split("/")
 
     @property
-    def part(self) -> int:
-        """Number of the saved file or folder that this entry came from."""
-        return int(self.info.pax_headers.get(PART_KEY, 0))
+    def part(self) -> str:
+        """Label of the saved file or folder that this entry came from; blank for one that was saved first."""
+        return self.info.pax_headers.get(PART_KEY, "")
 
     @property
     def is_payload(self) -> bool:
@@ -73,56 +73,77 @@ class Entry:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def scan_folder(folder: Path) -> Iterator[Entry]:
+Exclude = Callable[[Path], str | None]
+"""Says why a path is not to be saved: `None` for one that is, an empty string where nobody needs to know."""
+
+
+def scan_folder(folder: Path, exclude: Exclude = lambda _: None) -> Iterator[Entry]:
     """Walk a folder's contents, sorted, without following links that stay inside it.
 
     A link that leads out of the folder, or is absolute, is given as what it points to: in the next container it would
     dangle. Hard links are files. Sockets, fifos, devices and links to nothing are left out with a warning.
     """
-    return _scan(folder, "", os.path.realpath(folder), (), _warn_left_out)
+    return _Scan(os.path.realpath(folder), exclude, _warn_left_out).entries(folder)
 
 
-def folder_size(folder: Path) -> int:
+def folder_size(folder: Path, exclude: Exclude = lambda _: None) -> int:
     """Sum up the bytes of the files that `scan_folder` will give."""
-    entries = _scan(folder, "", os.path.realpath(folder), (), lambda *_: None)
+    entries = _Scan(os.path.realpath(folder), exclude, lambda *_: None).entries(folder)
     return sum(entry.info.size for entry in entries)
 
 
-def _scan(
-    folder: Path,
-    prefix: str,
-    root: str,
-    above: tuple[tuple[int, int], ...],
-    left_out: Callable[[Path, str], object],
-) -> Iterator[Entry]:
-    here = os.stat(folder)
-    identity = (here.st_dev, here.st_ino)
-    if identity in above:
-        left_out(folder, "a link leads from a folder back to itself")
-        return
-    for item in sorted(os.scandir(folder), key=lambda item: item.name):
-        path, name = Path(item.path), prefix + item.name
-        if item.is_symlink():
-            link = os.readlink(path)
-            if not os.path.exists(path):
-                left_out(path, f"it is a link to {link}, which does not exist")
+@dataclass(frozen=True)
+class _Scan:
+    """A walk through a folder.
+
+    Attributes
+    ----------
+    root : str
+        The folder that links are to stay in.
+    exclude : callable
+        Says why a path is not to be saved.
+    left_out : callable
+        Takes each path that is left out, and the reason.
+    """
+
+    root: str
+    exclude: Exclude
+    left_out: Callable[[Path, str], object]
+
+    def entries(self, folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[Entry]:
+        here = os.stat(folder)
+        identity = (here.st_dev, here.st_ino)
+        if identity in above:
+            self.left_out(folder, "a link leads from a folder back to itself")
+            return
+        for item in sorted(os.scandir(folder), key=lambda item: item.name):
+            path, name = Path(item.path), prefix + item.name
+            reason = self.exclude(path)
+            if reason is not None:
+                if reason:
+                    self.left_out(path, reason)
                 continue
-            if _stays_inside(path, link, root):
-                if _is_storable(os.stat(path)):
-                    yield _link_entry(path, name, link)
-                else:
-                    left_out(path, f"it is a link to {link}, which is neither a file nor a folder")
-                continue
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            yield Entry(_header(name, status, tarfile.DIRTYPE))
-            # Behind a link that leads out, links are judged by the folder that they lie in.
-            inner_root = os.path.realpath(path) if item.is_symlink() else root
-            yield from _scan(path, name + "/", inner_root, (*above, identity), left_out)
-        elif stat.S_ISREG(status.st_mode):
-            yield file_entry(path, name, status)
-        else:
-            left_out(path, "it is neither a file, a folder nor a link")
+            if item.is_symlink():
+                link = os.readlink(path)
+                if not os.path.exists(path):
+                    self.left_out(path, f"it is a link to {link}, which does not exist")
+                    continue
+                if _stays_inside(path, link, self.root):
+                    if _is_storable(os.stat(path)):
+                        yield _link_entry(path, name, link)
+                    else:
+                        self.left_out(path, f"it is a link to {link}, which is neither a file nor a folder")
+                    continue
+            status = os.stat(path)
+            if stat.S_ISDIR(status.st_mode):
+                yield Entry(_header(name, status, tarfile.DIRTYPE))
+                # Behind a link that leads out, links are judged by the folder that they lie in.
+                inner = replace(self, root=os.path.realpath(path)) if item.is_symlink() else self
+                yield from inner.entries(path, name + "/", (*above, identity))
+            elif stat.S_ISREG(status.st_mode):
+                yield file_entry(path, name, status)
+            else:
+                self.left_out(path, "it is neither a file, a folder nor a link")
 
 
 def file_entry(path: Path, name: str, status: os.stat_result | None = None) -> Entry:
@@ -141,11 +162,11 @@ def stream_entry(name: str, chunks: Iterable[Chunk], size: int) -> Entry:
     return Entry(info, lambda: iter(chunks))
 
 
-def in_part(entries: Iterable[Entry], part: int) -> Iterator[Entry]:
+def in_part(entries: Iterable[Entry], part: str) -> Iterator[Entry]:
     """Mark entries as coming from a part, for a later save to know whose they are."""
     for entry in entries:
         headers = {key: value for key, value in entry.info.pax_headers.items() if key != PART_KEY}
-        entry.info.pax_headers = {**headers, PART_KEY: str(part)} if part else headers
+        entry.info.pax_headers = {**headers, PART_KEY: part} if part else headers
         yield entry
 
 

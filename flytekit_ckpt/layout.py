@@ -16,13 +16,13 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from flytekit_ckpt import archive, members, storage
 from flytekit_ckpt.archive import Unit
-from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, file_chunks, safe_name, scan_folder, stream_entry
+from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, Exclude, file_chunks, safe_name, scan_folder, stream_entry
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, StorageError, UnsafeCheckpointError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk, Range, in_order
 from flytekit_ckpt.recognition import Kind, recognise
@@ -39,7 +39,7 @@ LEGACY_PAYLOAD_NAME = "_dst_cp"
 """File that flytekit keeps written bytes in."""
 
 OBJECT_NAME = "_flytecheckpoints"
-"""Name of the object inside a local destination that is a folder with something in it."""
+"""Name of the object inside a local destination that is a folder."""
 
 READ_TWICE = 1 << 30
 """Bytes that a file may have to be read once more for its checksum, where that must be known before it is sent."""
@@ -47,6 +47,8 @@ READ_TWICE = 1 << 30
 # What is kept as an object's metadata, where the storage keeps any: the shape, and the CRC-32 of a payload's bytes.
 _SHAPE = "shape"
 _CRC32 = "crc32"
+# That an object was only carried forward: whoever saves replaces it.
+_CARRIED = "carried"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,25 @@ def not_savable(path: Path) -> Exception:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class PutOptions:
+    """Under which conditions an object is stored.
+
+    Attributes
+    ----------
+    replaced : Written, None or ANYTHING
+        What it may take the place of; if something else is there, `storage.ConflictError`.
+    step : callable
+        Called again and again while it is stored; what it raises ends that, and leaves what was there.
+    mark : mapping
+        Added to the object's metadata.
+    """
+
+    replaced: storage.Replaced = storage.ANYTHING
+    step: Callable[[], object] = lambda: None
+    mark: storage.Metadata = field(default_factory=dict)
+
+
 def put_payload(
     uri: str,
     chunks: Iterable[Chunk],
@@ -133,6 +154,7 @@ def put_payload(
     file: Path | None = None,
     keep_archives: bool = False,
     callback: Callback | None = None,
+    options: PutOptions | None = None,
 ) -> storage.Written:
     """Store bytes as they are, or wrapped where a reader would take them for something else.
 
@@ -153,7 +175,10 @@ def put_payload(
         Store archives and empty payloads raw too, as Flyte 2 does: it unpacks the ones and ignores the others.
     callback : fsspec callback, optional
         Told of the payload's bytes.
+    options : PutOptions, optional
+        What is stored under which conditions.
     """
+    options = options or PutOptions()
     if callback is not None:
         if size is not None:
             callback.set_size(size)
@@ -163,12 +188,14 @@ def put_payload(
     if kind in raw_kinds:
         known_size = None if size is None else lambda: size
         checksum = _Checksum(file, size)
-        return _put(uri, checksum.of(stream), settings, "payload", size=known_size, describe=checksum.described)
+        return _put(
+            uri, checksum.of(stream), settings, "payload", options, size=known_size, describe=checksum.described
+        )
     with sized(stream, size) as (content, known):
         entry = stream_entry(PAYLOAD_NAME, content, known)
         entry.info.pax_headers = {PAYLOAD_KEY: "1"}
         packed = archive.pack([entry], memory=settings.share)
-        return _put(uri, packed, settings, "payload", size=lambda: known, describe=_tree_described)
+        return _put(uri, packed, settings, "payload", options, size=lambda: known, describe=_tree_described)
 
 
 class _Checksum:
@@ -218,6 +245,7 @@ def put_tree(
     size: Callable[[], int],
     carried: storage.Written | None = None,
     callback: Callback | None = None,
+    options: PutOptions | None = None,
 ) -> tuple[storage.Written, list[Unit]]:
     """Store sorted entries, and units of the object that is there, as a tree.
 
@@ -235,6 +263,8 @@ def put_tree(
         The object that the units lie in.
     callback : fsspec callback, optional
         Told of the bytes of file content.
+    options : PutOptions, optional
+        What is stored under which conditions.
 
     Returns
     -------
@@ -252,7 +282,14 @@ def put_tree(
     )
     before = 0 if carried is None else carried.size
     written = _put(
-        uri, packed, settings, "tree", size=lambda: size() + before, previous=carried, describe=_tree_described
+        uri,
+        packed,
+        settings,
+        "tree",
+        options or PutOptions(),
+        size=lambda: size() + before,
+        previous=carried,
+        describe=_tree_described,
     )
     return written, units
 
@@ -282,6 +319,7 @@ def _put(
     chunks: Iterator[Chunk | Range],
     settings: Settings,
     shape: str,
+    options: PutOptions,
     *,
     size: Callable[[], int] | None,
     describe: Callable[[], storage.Metadata],
@@ -289,19 +327,44 @@ def _put(
 ) -> storage.Written:
     started = time.perf_counter()
     target = storage.at(_written_uri(uri), settings)
-    written = target.put(chunks, size=size, previous=previous, describe=describe)
+    written = target.put(
+        _with_steps(chunks, options.step),
+        size=size,
+        previous=previous,
+        describe=lambda: {**describe(), **options.mark},
+        replaced=options.replaced,
+    )
     Event("saved", shape, written.size, time.perf_counter() - started, storage.public(target.uri)).log()
     return written
 
 
+def _with_steps(chunks: Iterator[_Item], step: Callable[[], object]) -> Iterator[_Item]:
+    for chunk in chunks:
+        step()
+        yield chunk
+    step()
+
+
 def _written_uri(uri: str) -> str:
-    """The object to write: inside a local destination that is a folder with something in it, else the URI itself."""
+    """The object to write: inside a local destination that is a folder, else the URI itself."""
     path = storage.local_path(uri)
-    # A folder that may not be listed is left for the write to complain of.
-    with contextlib.suppress(OSError):
-        if path is not None and path.is_dir() and any(path.iterdir()):
-            return str(path / OBJECT_NAME)
-    return uri
+    return str(path / OBJECT_NAME) if path is not None and path.is_dir() else uri
+
+
+def not_into_itself(uri: str) -> Exclude:
+    """Exclude the object at a URI, and what is being written for it, from a folder that is saved there."""
+    written = storage.local_path(_written_uri(uri))
+
+    def reason(path: Path) -> str | None:
+        assert written is not None
+        is_object = path.name == written.name
+        if not is_object and not storage.is_temporary(path.name, written):
+            return None
+        if os.path.realpath(path.parent) != os.path.realpath(written.parent):
+            return None
+        return "it is what the checkpoint itself is saved to" if is_object else ""
+
+    return (lambda _: None) if written is None else reason
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,8 +462,67 @@ def _meaning(uri: str, stored: storage.Stored, content: Iterator[Chunk], setting
     return Tree(entries if first is None else _first_then(first, entries), stored.version)
 
 
-def copy(source: str, destination: str, settings: Settings, given_up: Callable[[], bool]) -> bool:
-    """Copy a checkpoint as it is, unless something is at the destination; what flytekit 1 left becomes one object.
+def look(
+    uri: str, settings: Settings, is_carried: Callable[[storage.Written], bool]
+) -> tuple[storage.Written | None, Payload | Tree | None]:
+    """Look what is at a destination before something is added to it.
+
+    Parameters
+    ----------
+    uri : str
+        The object.
+    settings : Settings
+        How it is reached.
+    is_carried : callable
+        Tells whether an object was only carried forward.
+
+    Returns
+    -------
+    Written or None
+        The object that is to be replaced.
+    Payload, Tree or None
+        What has been saved there, in this package's format or in flytekit's.
+    """
+    target = storage.at(_written_uri(uri), settings)
+    # A limit is for what is restored.
+    settings = replace(settings, restore_limit=None)
+    while True:
+        state = target.state()
+        if state.object is None:
+            path = storage.local_path(uri)
+            if path is not None and path.is_dir():
+                return None, _local_folder(path)
+            return None, _remote_folder(uri, settings) if state.has_files else None
+        if _CARRIED in state.metadata or is_carried(state.object):
+            return state.object, None
+        stored = target.get()
+        # Unless somebody has removed it in between.
+        if stored is not None:
+            with naming(uri):
+                found = _meaning(target.uri, stored, stored.chunks, settings)
+            return storage.Written(stored.size, stored.version), found
+
+
+def link(source: str, destination: str, settings: Settings) -> bool:
+    """Carry a checkpoint forward as `copy` does, if that takes no time; returns whether it did."""
+    target = _vacant(destination, settings)
+    path, is_folder = _located(source)
+    if target is None or is_folder:
+        return False
+    return storage.at(source if path is None else str(path), settings).link_to(target, _MARK)
+
+
+def is_linked(source: str, destination: str) -> bool:
+    """Tell whether a destination is one and the same file as its source, which it was carried forward from."""
+    theirs, ours = _located(source)[0], storage.local_path(_written_uri(destination))
+    try:
+        return theirs is not None and ours is not None and os.path.samefile(theirs, ours)
+    except OSError:
+        return False
+
+
+def copy(source: str, destination: str, settings: Settings, given_up: Callable[[], bool]) -> storage.Written | None:
+    """Carry a checkpoint forward, unless something is at the destination; what flytekit 1 left becomes one object.
 
     Parameters
     ----------
@@ -413,33 +535,41 @@ def copy(source: str, destination: str, settings: Settings, given_up: Callable[[
 
     Returns
     -------
-    bool
-        Whether it was copied.
+    Written or None
+        The copy; `None` if there was nothing to copy, or no room for it.
     """
-    target = storage.at(_written_uri(destination), settings)
-    local = storage.local_path(destination)
-    if target.exists() or (local is not None and local.is_dir() and any(local.iterdir())):
-        return False
+    target = _vacant(destination, settings)
+    if target is None:
+        return None
     path, is_folder = _located(source)
     item = storage.at(source if path is None else str(path), settings)
     if not is_folder and item.exists():
-        item.copy_to(target, given_up)
-        return True
+        return item.copy_to(target, given_up, _MARK)
     found = get(source, replace(settings, restore_limit=None))
-    if isinstance(found, Payload):
-        put_payload(destination, _unless(given_up, found.chunks, target), settings, size=found.size)
-    elif isinstance(found, Tree):
-        put_tree(destination, _unless(given_up, found.entries, target), settings, size=lambda: 0)
-    return found is not None
 
-
-def _unless(given_up: Callable[[], bool], items: Iterator[_Item], target: storage.StoredObject) -> Iterator[_Item]:
-    for item in items:
+    def step() -> None:
         if given_up():
             raise storage.GivenUpError
-        yield item
-    if target.exists():
-        raise storage.ConflictError
+
+    options = PutOptions(None, step, _MARK)
+    if isinstance(found, Payload):
+        return put_payload(destination, found.chunks, settings, size=found.size, options=options)
+    if isinstance(found, Tree):
+        return put_tree(destination, found.entries, settings, size=lambda: 0, options=options)[0]
+    return None
+
+
+_MARK = {_CARRIED: "yes"}
+
+
+def _vacant(destination: str, settings: Settings) -> storage.StoredObject | None:
+    """Give the object to write, if there is nothing at its URI yet."""
+    target = storage.at(_written_uri(destination), settings)
+    state = target.state()
+    local = storage.local_path(destination)
+    if state.object is not None or state.has_files or (local is not None and local.is_dir() and any(local.iterdir())):
+        return None
+    return target
 
 
 def get_unit(uri: str, unit: Unit, written: storage.Written, settings: Settings) -> Iterator[Entry]:
@@ -504,12 +634,14 @@ def _local_folder(path: Path) -> Payload | Tree | None:
         children = list(path.iterdir())
     except OSError as error:
         raise StorageError(error.errno, f"cannot read {path}: {error}. Check its permissions") from error
+    # What a save that was killed has left is no checkpoint.
+    children = [child for child in children if not storage.is_temporary(child.name, path / OBJECT_NAME)]
     if not children:
         return None
     if [child.name for child in children] == [LEGACY_PAYLOAD_NAME] and children[0].is_file():
         stored = storage.at(str(children[0])).get()
         return None if stored is None else Payload(stored.size, stored.chunks, None)
-    return Tree(scan_folder(path), None)
+    return Tree(scan_folder(path, not_into_itself(str(path))), None)
 
 
 def _remote_folder(uri: str, settings: Settings) -> Payload | Tree | None:

@@ -67,8 +67,7 @@ class _Probe:
 
     def end(self) -> None:
         """Take it that there are no more bytes."""
-        is_cut = self.kind is Kind.GZIP and not _beginning(self._seen, ZlibDecompressor).is_certain
-        if is_cut or self._seen == GZIP_MAGIC[:1]:
+        if self.kind is Kind.GZIP and not _beginning(self._seen, ZlibDecompressor).is_certain:
             self.kind = Kind.DAMAGED
 
     def _judged(self) -> Kind:

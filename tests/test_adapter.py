@@ -18,7 +18,6 @@ from flytekit_ckpt.adapter import merge
 from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.checkpointer import SyncCheckpoint
 from flytekit_ckpt.entries import Entry, in_part, scan_folder
-from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.pipeline import Range
 from flytekit_ckpt.storage import StoredObject
 from tests.conftest import Place
@@ -51,18 +50,18 @@ def found_in(content: bytes) -> dict[str, bytes | None]:
 def test_parts_merge_name_by_name_whether_units_are_carried_or_not(
     parts: list[Tree], is_replaced: bool, data: st.DataObject
 ) -> None:
-    numbers = list(range(len(parts)))
+    numbers = ["", *map(str, range(1, len(parts)))]
     if is_replaced:
         numbers.append(data.draw(st.sampled_from(numbers[:-1])))
         parts = [*parts, data.draw(trees(links=False))]
     opened: list[Unit] = []
     content, units = b"", list[Unit]()
-    wanted: dict[str, tuple[int, bytes | None]] = {}
+    wanted: dict[str, tuple[str, bytes | None]] = {}
     with tempfile.TemporaryDirectory() as name:
         for number, (part, tree) in enumerate(zip(numbers, parts, strict=True)):
-            folder = make(Path(name) / str(number), tree)
+            folder = make(Path(name) / f"part-{number}", tree)
 
-            def open_unit(unit: Unit, old: bytes = content, part: int = part) -> Iterator[Entry]:
+            def open_unit(unit: Unit, old: bytes = content, part: str = part) -> Iterator[Entry]:
                 assert unit.parts != {part}
                 opened.append(unit)
                 members = old[unit.start : unit.start + unit.length]
@@ -90,7 +89,7 @@ def test_parts_merge_name_by_name_whether_units_are_carried_or_not(
 def test_a_part_that_shares_a_unit_with_another_is_replaced_alone(tmp_path: Path) -> None:
     content, units = b"", list[Unit]()
     # The second part falls between the first one's entries, which then share a unit with it.
-    for part, tree in ((0, {"a": b"1", "c": b"2"}), (1, {"b": b"3"}), (0, {"d": b"4"})):
+    for part, tree in (("", {"a": b"1", "c": b"2"}), ("1", {"b": b"3"}), ("", {"d": b"4"})):
         folder = make(tmp_path / f"{part}-{len(tree)}", tree)
 
         def open_unit(unit: Unit, old: bytes = content) -> Iterator[Entry]:
@@ -171,7 +170,15 @@ def test_parts_are_carried_on_any_storage_that_fsspec_reaches(tmp_path: Path) ->
         "_dst_cp": b"5",
         **{name: held[1] for name, held in look(source).items()},
     }
-    SyncCheckpoint(uri).write(b"another writer")
-    with pytest.raises(CheckpointError, match="changed by another writer"):
-        cp.write(b"6")
-    assert SyncCheckpoint("", uri).read() == b"another writer"
+    SyncCheckpoint(uri).write(b"of another instance")
+    cp.save(source / "opt")
+    assert {name: held[1] for name, held in look(restored(uri, tmp_path / "again")).items()} == {
+        "_dst_cp": b"of another instance",
+        **{name: held[1] for name, held in look(source).items()},
+    }
+
+
+def restored(uri: str, target: Path) -> Path:
+    target.mkdir()
+    SyncCheckpoint("", uri).restore(target)
+    return target

@@ -241,7 +241,7 @@ def test_a_server_that_knows_conditions_is_given_one(s3: Place, size: int, monke
     monkeypatch.setattr(s3_objects.S3Object, "_call", call)
     target = storage.at(s3.uri(), s3.settings)
     with pytest.raises(storage.ConflictError):
-        storage.at(source, s3.settings).copy_to(target, lambda: False)
+        storage.at(source, s3.settings).copy_to(target, lambda: False, {})
     assert conditions == [("copy_object" if size == 10 else "complete_multipart_upload", "*")]
     assert not target.exists()
 
@@ -286,6 +286,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         raise storage.GivenUpError
 
     monkeypatch.setattr(layout, "copy", copy)
+    monkeypatch.setattr(layout, "link", lambda *_: False)
     return begun
 
 
@@ -336,7 +337,7 @@ def test_the_server_copies_small_objects_in_one_request(s3: Place, monkeypatch: 
     first.write(b"5")
     target = storage.at(s3.uri(), s3.settings)
     made = requests(target, monkeypatch)  # type: ignore[arg-type]
-    storage.at(source, s3.settings).copy_to(target, lambda: False)
+    storage.at(source, s3.settings).copy_to(target, lambda: False, {})
     assert made == ["head_object", "head_object", "copy_object"]
     stored = target.get()
     assert stored is not None
@@ -351,7 +352,7 @@ def test_the_server_copies_large_objects_in_parts(s3: Place, monkeypatch: pytest
     first.save_sync(content)
     target = storage.at(s3.uri(), s3.settings)
     made = requests(target, monkeypatch)  # type: ignore[arg-type]
-    storage.at(source, s3.settings).copy_to(target, lambda: False)
+    storage.at(source, s3.settings).copy_to(target, lambda: False, {})
     assert made.count("upload_part_copy") == 3
     assert "get_object" not in made
     stored = target.get()
@@ -360,7 +361,7 @@ def test_the_server_copies_large_objects_in_parts(s3: Place, monkeypatch: pytest
     answers = iter([False, False, True])
     other = storage.at(s3.uri(), s3.settings)
     with pytest.raises(storage.GivenUpError):
-        storage.at(source, s3.settings).copy_to(other, lambda: next(answers))
+        storage.at(source, s3.settings).copy_to(other, lambda: next(answers), {})
     assert not other.exists()
 
 

@@ -12,10 +12,13 @@ import pickle
 import random
 import shutil
 import tarfile
+import tempfile
 import threading
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fsspec.callbacks import Callback
@@ -266,14 +269,26 @@ def test_equal_folders_give_equal_objects_whatever_order_they_are_made_in(tmp_pa
     assert objects[0] == objects[1]
 
 
-def test_another_writers_object_is_not_taken_for_the_own_one(place: Place, tmp_path: Path) -> None:
+def test_what_another_instance_has_saved_stays(place: Place, tmp_path: Path) -> None:
     uri = place.uri()
     checkpoint = SyncCheckpoint(uri)
     checkpoint.save(make(tmp_path / "source", {"a": b"1"}))
-    SyncCheckpoint(uri).write(b"another writer")
-    with pytest.raises(CheckpointError, match="changed by another writer"):
+    SyncCheckpoint(uri).write(b"of another instance")
+    checkpoint.save(make(tmp_path / "later", {"b": b"2"}))
+    assert {name: entry[1] for name, entry in restored(uri).items()} == {
+        "a": b"1", "b": b"2", "_dst_cp": b"of another instance"
+    }  # fmt: skip
+
+
+def test_what_is_removed_by_somebody_is_told_once(place: Place, tmp_path: Path) -> None:
+    uri = place.uri()
+    checkpoint = SyncCheckpoint(uri)
+    checkpoint.save(make(tmp_path / "source", {"a": b"1"}))
+    storage.at(uri, place.settings).remove()
+    with pytest.raises(CheckpointError, match="removed by somebody else"):
         checkpoint.write(b"2")
-    assert SyncCheckpoint("", uri).read() == b"another writer"
+    checkpoint.write(b"2")
+    assert SyncCheckpoint("", uri).read() == b"2"
 
 
 @pytest.mark.parametrize("content", [b"plain", b"", bytes(600), archive_with("x")])
@@ -326,20 +341,52 @@ def test_a_folder_that_changes_while_it_is_saved_leaves_what_was_saved(place: Pl
 # Local paths ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_directory_at_the_destination_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [SyncCheckpoint, v2.Checkpoint])
+def test_a_directory_at_the_destination_stays_one(tmp_path: Path, kind: Any) -> None:
     uri = tmp_path / "__cp"
     uri.mkdir()
     assert SyncCheckpoint("", str(uri)).restore() is None
-    SyncCheckpoint(str(uri)).write(b"x")
-    assert uri.read_bytes() == b"x"
-
-
-def test_in_a_directory_with_something_in_it_the_object_is_kept_inside(tmp_path: Path) -> None:
-    uri = make(tmp_path / "cp", {"left": b"by something else"})
     for content in (b"x", b"y"):
-        SyncCheckpoint(str(uri)).write(content)
+        checkpoint = kind(str(uri))
+        checkpoint.write(content) if kind is SyncCheckpoint else checkpoint.save_sync(content)
         assert SyncCheckpoint("", str(uri)).read() == content
-    assert look(uri, modes=False).keys() == {"left", "_flytecheckpoints"}
+    assert look(uri, modes=False).keys() == {"_flytecheckpoints"}
+
+
+def test_a_temporary_directory_may_be_the_destination() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        SyncCheckpoint(folder).write(b"5")
+        assert SyncCheckpoint("", folder).read() == b"5"
+
+
+def test_files_in_the_directory_at_the_destination_are_part_of_the_checkpoint_as_in_flytekit(tmp_path: Path) -> None:
+    uri = make(tmp_path / "cp", {"model.pt": b"of flytekit", "opt.pt": b"old", "sub": None, "sub/x": b"1"})
+    SyncCheckpoint(str(uri)).save(make(tmp_path / "source", {"opt.pt": b"new"}) / "opt.pt")
+    wanted = {"model.pt": b"of flytekit", "opt.pt": b"new", "sub/x": b"1"}
+    found = {name: entry[1] for name, entry in restored(str(uri)).items() if entry[0] == "file"}
+    assert found == wanted
+    # And no second time: what is loose is older now than what was saved.
+    SyncCheckpoint(str(uri)).write(b"5")
+    found = {name: entry[1] for name, entry in restored(str(uri)).items() if entry[0] == "file"}
+    assert found == {**wanted, "_dst_cp": b"5"}
+    assert look(uri, modes=False).keys() >= {"model.pt", "opt.pt", "_flytecheckpoints"}
+
+
+@pytest.mark.parametrize("inside", ["cp", "sub/cp", "."])
+def test_a_destination_inside_the_saved_folder_is_left_out_of_it(tmp_path: Path, inside: str) -> None:
+    folder = make(tmp_path / "source", {"a": os.urandom(1000), "sub": None})
+    checkpoint = SyncCheckpoint(str(folder / inside))
+    for _ in range(3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            checkpoint.save(folder)
+    assert "it is what the checkpoint itself is saved to" in str(caught[0].message)
+    assert restored(str(folder / inside)).keys() == {"a", "sub"}
+    # Of the same name elsewhere is something else.
+    make(folder / "other", {"cp": b"mine", "_flytecheckpoints": b"mine"})
+    with pytest.warns(RuntimeWarning, match="left out"):
+        checkpoint.save(folder)
+    assert {"other/cp", "other/_flytecheckpoints"} <= restored(str(folder / inside)).keys()
 
 
 @pytest.mark.parametrize("form", ["file://{}", "file:{}", "{}"])
@@ -507,9 +554,9 @@ def test_a_checkpoint_may_be_sent_to_another_process(place: Place, tmp_path: Pat
     assert (folder / "model").read_text() == "weights"
     getattr(sent, save)(tmp_path / "optimizer")
     if kind is SyncCheckpoint:
-        # What was saved before is carried over there too; here, where that is not known, nothing is lost in silence.
-        again = SyncCheckpoint("", destination)
-        assert sorted(item.name for item in again.restore().iterdir()) == ["model", "optimizer"]  # type: ignore[union-attr]
-        with pytest.raises(CheckpointError, match="another writer"):
-            first.save(tmp_path / "optimizer")
+        # What was saved before is carried over there too, and here what was saved there.
+        assert restored(destination).keys() == {"model", "optimizer"}
+        (tmp_path / "scheduler").write_text("rate")
+        first.save(tmp_path / "scheduler")
+        assert restored(destination).keys() == {"model", "optimizer", "scheduler"}
     assert copy.deepcopy(first).prev_exists()

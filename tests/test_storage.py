@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flytekit_ckpt import storage
-from flytekit_ckpt.errors import CheckpointError, StorageError
+from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import Range
 from flytekit_ckpt.storage import PART_SIZE, S3Object, Settings, slots
 from flytekit_ckpt.storage import parts as division
@@ -373,10 +373,10 @@ def test_ranges_of_an_object_that_someone_replaced_are_an_error(
     written = item.put([NOISE])
     theirs = NOISE[::-1]
     storage.at(item.uri, root.settings).put([theirs])
-    with pytest.raises(CheckpointError):
-        item.put([*head, Range(0, length)], previous=written)
+    with pytest.raises(storage.ConflictError):
+        item.put([*head, Range(0, length)], previous=written, replaced=written)
     assert content(item.get()) == theirs
-    with pytest.raises(CheckpointError):
+    with pytest.raises(storage.ConflictError):
         b"".join(item.get_range(Range(0, 10), written))
 
 

@@ -6,7 +6,7 @@ fsspec's general interface.
 
 from __future__ import annotations
 
-from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten, undisturbed
 from flytekit_ckpt.storage.general import FsspecObject
 from flytekit_ckpt.storage.local import ATTRIBUTE, LocalObject
 from flytekit_ckpt.storage.objects import (
@@ -18,11 +18,14 @@ from flytekit_ckpt.storage.objects import (
     Metadata,
     Replaced,
     Settings,
+    State,
     Stored,
     StoredObject,
     Written,
 )
 from flytekit_ckpt.storage.s3 import S3Object
+from flytekit_ckpt.storage.slots import is_temporary
+from flytekit_ckpt.storage.turns import turn
 from flytekit_ckpt.storage.uris import local_path, public
 
 __all__ = [
@@ -40,13 +43,17 @@ __all__ = [
     "Replaced",
     "S3Object",
     "Settings",
+    "State",
     "Stored",
     "StoredObject",
     "Written",
     "at",
+    "is_temporary",
     "local_path",
     "overwritten",
     "public",
+    "turn",
+    "undisturbed",
 ]
 
 

@@ -18,6 +18,9 @@ logger = logging.getLogger("flytekit_ckpt")
 LONGEST_WAIT = 20.0
 """Seconds at most between two tries."""
 
+CONFLICTS = 100
+"""Times at most that something is written again because another writer came first."""
+
 _Answer = TypeVar("_Answer")
 
 # What S3 says of itself, and of requests that did not arrive whole.
@@ -138,11 +141,36 @@ def reported(operation: str, uri: str, options: StorageOptions) -> Iterator[None
         raise (StorageError(message) if number is None else StorageError(number, message)) from error
 
 
+def undisturbed(function: Callable[[], _Answer], *, uri: str) -> _Answer:
+    """Call a function until no other writer comes in between, which it tells by a `ConflictError`."""
+    with contextlib.suppress(ConflictError):
+        return function()
+    # Rarely needed, and slow to import.
+    import tenacity
+
+    trying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(CONFLICTS),
+        wait=tenacity.wait_random_exponential(multiplier=0.01, max=2.0),
+        retry=tenacity.retry_if_exception_type(ConflictError),
+        before_sleep=lambda state: logger.info(
+            "%s was changed by another writer, trying again (%d)", public(uri), state.attempt_number
+        ),
+    )
+    try:
+        return trying(function)
+    except tenacity.RetryError as error:
+        message = (
+            f"cannot write {public(uri)}: other writers have changed it {CONFLICTS} times while it was being written. "
+            "Save less often, or to destinations of their own"
+        )
+        raise StorageError(message) from error
+
+
 def overwritten(uri: str) -> CheckpointError:
-    """Make the error for an object that has changed since it was written here."""
+    """Make the error for an object that was written here and is gone."""
     message = (
-        f"{public(uri)} was changed by another writer: what this checkpoint saved there before is gone. "
-        "Save to a destination of its own, or save everything again with a new checkpoint"
+        f"{public(uri)} was removed by somebody else, and with it what this checkpoint saved there before. "
+        "Save all of it again: this checkpoint begins anew now"
     )
     return CheckpointError(message)
 

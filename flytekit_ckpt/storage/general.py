@@ -9,13 +9,14 @@ from typing import Any
 
 from flytekit_ckpt.options import resolved
 from flytekit_ckpt.pipeline import Chunk, Range
-from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten, tried_again
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, tried_again
 from flytekit_ckpt.storage.objects import (
     ANYTHING,
     PART_SIZE,
     Metadata,
     Replaced,
     Settings,
+    State,
     Stored,
     StoredObject,
     Written,
@@ -97,6 +98,12 @@ class FsspecObject(StoredObject):
     def exists(self) -> bool:
         return self._info() is not None
 
+    def state(self) -> State:
+        info = self._info()
+        if info is not None:
+            return State(Written(int(info["size"]), _info_version(info)))
+        return State(None, has_files=next(self.files(), None) is not None)
+
     def _info(self) -> Mapping[str, Any] | None:
         with self._reporting("read"):
             try:
@@ -108,15 +115,16 @@ class FsspecObject(StoredObject):
     def _retrying(self, function: Callable[[], Any]) -> Any:
         return tried_again(function, retries=self._settings.retries, uri=self.uri)
 
-    def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
+    def copy_to(self, target: StoredObject, given_up: Callable[[], bool], mark: Metadata) -> Written | None:
         if not (isinstance(target, FsspecObject) and target._protocol == self._protocol in _ATOMIC_COPIES):
-            super().copy_to(target, given_up)
-            return
+            return super().copy_to(target, given_up, mark)
         if given_up():
             raise GivenUpError
         target._compare(None)
         with target._reporting("write"), contextlib.suppress(FileNotFoundError):
             self._retrying(lambda: self._filesystem.cp_file(self._key, target._key))
+            return target.state().object
+        return None
 
     def get(self) -> Stored | None:
         info = self._info()
@@ -128,7 +136,7 @@ class FsspecObject(StoredObject):
     def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
         with self._reporting("read"):
             if _info_version(self._retrying(lambda: self._filesystem.info(self._key))) != written.version:
-                raise overwritten(self.uri)
+                raise ConflictError
         return self._chunks(part)
 
     def _chunks(self, part: Range) -> Iterator[Chunk]:
@@ -143,11 +151,11 @@ class FsspecObject(StoredObject):
     def files(self) -> Iterator[tuple[str, StoredObject]]:
         with self._reporting("list"):
             prefix = self._key + "/"
-            found = sorted(self._retrying(lambda: self._filesystem.find(self._key)))
+            found = sorted(self._retrying(lambda: self._filesystem.find(self._key)), key=in_folders)
         for key in found:
-            name = str(key).removeprefix(prefix)
+            name = key.removeprefix(prefix)
             # Consoles make empty objects that end in "/" to show a folder.
-            if str(key).startswith(prefix) and name and not name.endswith("/"):
+            if key.startswith(prefix) and name and not name.endswith("/"):
                 yield name, type(self)(f"{self.uri}/{name}", self._settings)
 
     def names(self) -> list[str]:
@@ -163,6 +171,11 @@ class FsspecObject(StoredObject):
     def remove(self) -> None:
         with self._reporting("remove"), contextlib.suppress(FileNotFoundError):
             self._retrying(lambda: self._filesystem.rm_file(self._key))
+
+
+def in_folders(name: str) -> list[str]:
+    """Sort names as a walk through folders meets them."""
+    return name.split("/")
 
 
 # Stores that copy an object as a whole; file systems copy files piece by piece.

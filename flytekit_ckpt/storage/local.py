@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 from flytekit_ckpt.entries import FileWriter
+from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
 from flytekit_ckpt.storage import slots
-from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten
-from flytekit_ckpt.storage.objects import Anything, Metadata, Replaced, Settings, Stored, StoredObject, Written
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError
+from flytekit_ckpt.storage.objects import Anything, Metadata, Replaced, Settings, State, Stored, StoredObject, Written
 
 LOCAL_SIZE = 256 << 10
 """Bytes read from a local file at a time: few, so that the same memory is used again and again."""
@@ -79,23 +81,37 @@ class LocalObject(StoredObject):
                     if replaced is None:
                         _take_name(temporary, self._path)
                     else:
-                        self._compare(replaced)
-                        os.replace(temporary, self._path)
+                        with self._compared(replaced):
+                            os.replace(temporary, self._path)
                     self._flush_name()
                     return _file_version(os.stat(self._path))
 
             yield file, finish
 
-    def _compare(self, replaced: Written | Anything) -> None:
-        """Refuse to go on if another file is there; who saves to a destination holds its lock."""
-        if not isinstance(replaced, Written):
-            return
-        try:
-            version = _file_version(os.stat(self._path))
-        except FileNotFoundError:
-            raise ConflictError from None
-        if version != replaced.version:
-            raise ConflictError
+    @contextlib.contextmanager
+    def _compared(self, replaced: Written | Anything) -> Iterator[None]:
+        """Hold the file that is there against all who mean to replace it too; refuse if it is another one."""
+        with contextlib.ExitStack() as files:
+            while True:
+                try:
+                    file = files.enter_context(self._path.open("rb", buffering=0))
+                except FileNotFoundError:
+                    if isinstance(replaced, Written):
+                        raise ConflictError from None
+                    break
+                # Some file systems have no locks: what is left there is the look.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    # A process that is forked meanwhile has the lock too, and is not to keep it.
+                    files.callback(fcntl.flock, file, fcntl.LOCK_UN)
+                if slots.is_at(file.fileno(), self._path):
+                    if isinstance(replaced, Written) and _file_version(os.fstat(file.fileno())) != replaced.version:
+                        raise ConflictError
+                    break
+                # Somebody has replaced it while this one was waiting.
+                if isinstance(replaced, Written):
+                    raise ConflictError
+            yield
 
     def _flush_name(self) -> None:
         folder = os.open(self._path.parent, os.O_RDONLY)
@@ -110,22 +126,45 @@ class LocalObject(StoredObject):
             try:
                 file = self._path.open("rb", buffering=0)
             except FileNotFoundError:
-                raise overwritten(self.uri) from None
+                raise ConflictError from None
             if written is None or _file_version(os.fstat(file.fileno())) != written.version:
                 file.close()
-                raise overwritten(self.uri)
+                raise ConflictError
             return file
 
-    def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
+    def link_to(self, target: StoredObject, mark: Metadata) -> bool:
         if not isinstance(target, LocalObject):
-            super().copy_to(target, given_up)
-            return
+            return False
+        with contextlib.ExitStack() as files:
+            try:
+                source = files.enter_context(self._path.open("rb", buffering=0))
+                file, finish = files.enter_context(target._replacing())
+            except (OSError, StorageError):
+                # `copy_to` says why.
+                return False
+            if _cloned(source.fileno(), file):
+                finish({**_description(source.fileno()), **mark}, None)
+                return True
+        try:
+            os.link(self._path, target._path)
+        except FileExistsError:
+            raise ConflictError from None
+        except OSError:
+            # Not on every file system, nor from one to another.
+            return False
+        with target._reporting("write"):
+            target._flush_name()
+        return True
+
+    def copy_to(self, target: StoredObject, given_up: Callable[[], bool], mark: Metadata) -> Written | None:
+        if not isinstance(target, LocalObject):
+            return super().copy_to(target, given_up, mark)
         with contextlib.ExitStack() as files:
             with self._reporting("read"):
                 try:
                     source = files.enter_context(self._path.open("rb", buffering=0))
                 except FileNotFoundError:
-                    return
+                    return None
                 size = os.fstat(source.fileno()).st_size
             file, finish = files.enter_context(target._replacing())
             for start in range(0, size, COPY_SIZE):
@@ -133,7 +172,19 @@ class LocalObject(StoredObject):
                     raise GivenUpError
                 with target._reporting("write"):
                     _copy(source.fileno(), file, Range(start, min(COPY_SIZE, size - start)))
-            finish(_description(source.fileno()), None)
+            return Written(size, finish({**_description(source.fileno()), **mark}, None))
+
+    def state(self) -> State:
+        with self._reporting("read"):
+            try:
+                file = self._path.open("rb", buffering=0)
+            except (FileNotFoundError, NotADirectoryError):
+                return State(None)
+            except IsADirectoryError:
+                return State(None, has_files=any(self._path.iterdir()))
+            with file:
+                status = os.fstat(file.fileno())
+                return State(Written(status.st_size, _file_version(status)), _description(file.fileno()))
 
     def exists(self) -> bool:
         with self._reporting("read"):
@@ -194,6 +245,19 @@ def _take_name(temporary: Path, name: Path) -> None:
         if name.exists():
             raise ConflictError from None
         os.replace(temporary, name)
+
+
+def _cloned(source: int, target: int) -> bool:
+    """Have the file system make a file the same as another one without copying it, where it can."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+# From Linux's headers; Python has no name for it.
+_FICLONE = 0x40049409
 
 
 def _describe(file: int, metadata: Metadata) -> None:

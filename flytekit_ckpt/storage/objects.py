@@ -67,7 +67,7 @@ class Stored:
     size : int
         Bytes.
     version : str or None
-        Changes whenever the object is written; `None` for an empty object on S3.
+        Changes whenever the object is written; `None` where the storage tells nothing that does.
     chunks : iterator of bytes
         The content.
     metadata : mapping
@@ -86,6 +86,25 @@ class Written:
 
     size: int
     version: str | None
+
+
+@dataclass(frozen=True)
+class State:
+    """What is at a URI.
+
+    Attributes
+    ----------
+    object : Written or None
+        The object there, if there is one.
+    metadata : mapping
+        What was described when it was written.
+    has_files : bool
+        Whether objects lie below the URI, as if it were a folder. Not looked for where there is an object.
+    """
+
+    object: Written | None
+    metadata: Metadata = field(default_factory=dict)
+    has_files: bool = False
 
 
 class Anything(enum.Enum):
@@ -147,11 +166,9 @@ class StoredObject(ABC):
         Raises
         ------
         ConflictError
-            If something else than `replaced` is at the URI.
+            If something else than `replaced` is at the URI, or the object that ranges are taken from is not there.
         StorageError
             If the storage refuses or fails.
-        CheckpointError
-            If another writer has replaced the object that ranges are taken from.
         """
         source = iter(chunks)
         try:
@@ -161,7 +178,29 @@ class StoredObject(ABC):
             if close is not None:
                 close()
 
-    def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
+    def link_to(self, target: StoredObject, mark: Metadata) -> bool:  # noqa: ARG002
+        """Make the same object elsewhere at once, without moving its bytes, if nothing is there.
+
+        Parameters
+        ----------
+        target : StoredObject
+            Where to.
+        mark : mapping
+            Added to the metadata there, unless both are one and the same file then.
+
+        Returns
+        -------
+        bool
+            Whether that could be done; `copy_to` can.
+
+        Raises
+        ------
+        ConflictError
+            If something is at the target.
+        """
+        return False
+
+    def copy_to(self, target: StoredObject, given_up: Callable[[], bool], mark: Metadata) -> Written | None:
         """Write the same object elsewhere, with its metadata, if nothing is there; nothing where this one is not there.
 
         By the server or the file system where both lie with the same one. What someone else has written to the target
@@ -174,6 +213,13 @@ class StoredObject(ABC):
             Where to.
         given_up : callable
             Asked again and again whether to leave it, which leaves what was at the target.
+        mark : mapping
+            Added to the metadata, where the storage keeps any.
+
+        Returns
+        -------
+        Written or None
+            The copy.
 
         Raises
         ------
@@ -186,7 +232,7 @@ class StoredObject(ABC):
         """
         stored = self.get()
         if stored is None:
-            return
+            return None
 
         def chunks() -> Iterator[Chunk]:
             for chunk in stored.chunks:
@@ -194,11 +240,16 @@ class StoredObject(ABC):
                     raise GivenUpError
                 yield chunk
 
-        target.put(chunks(), size=lambda: stored.size, describe=lambda: stored.metadata, replaced=None)
+        described = {**stored.metadata, **mark}
+        return target.put(chunks(), size=lambda: stored.size, describe=lambda: described, replaced=None)
 
     @abstractmethod
     def exists(self) -> bool:
         """Tell whether the object is there, without reading it."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Look what is there, in as few requests as possible, without reading it."""
 
     @abstractmethod
     def get(self) -> Stored | None:
@@ -218,7 +269,7 @@ class StoredObject(ABC):
         ------
         StorageError
             If the storage refuses or fails.
-        CheckpointError
+        ConflictError
             If another writer has replaced it.
         """
 

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, Range, in_order
 from flytekit_ckpt.storage import forks
-from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, IncompleteAnswerError, overwritten, s3_code
-from flytekit_ckpt.storage.general import FsspecObject
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, IncompleteAnswerError, s3_code
+from flytekit_ckpt.storage.general import FsspecObject, in_folders
 from flytekit_ckpt.storage.objects import (
     ANYTHING,
     CONCURRENCY,
@@ -24,11 +25,15 @@ from flytekit_ckpt.storage.objects import (
     Anything,
     Metadata,
     Replaced,
+    State,
     Stored,
     StoredObject,
     Written,
 )
 from flytekit_ckpt.storage.parts import COPY_SIZE, copied_ranges, divide
+from flytekit_ckpt.storage.uris import public
+
+logger = logging.getLogger("flytekit_ckpt")
 
 PACE = 4 << 20
 """Bytes for which a request may take another `timeout`; one that is slower counts as failed, if never silent."""
@@ -80,8 +85,8 @@ class S3Object(FsspecObject):
                 return self._put_whole(head[0], describe(), replaced)
             return self._put_parts(itertools.chain(head, parts), describe(), self._key, previous, replaced)
         except StorageError as error:
-            if previous is not None and s3_code(error) in _CHANGED:
-                raise overwritten(self.uri) from error
+            if replaced is not ANYTHING and s3_code(error) in _CHANGED:
+                raise ConflictError from error
             raise
 
     def _put_whole(self, content: bytes, metadata: Metadata, replaced: Replaced) -> Written:
@@ -185,24 +190,22 @@ class S3Object(FsspecObject):
         )
         return str(answer["CopyPartResult"]["ETag"])
 
-    def copy_to(self, target: StoredObject, given_up: Callable[[], bool]) -> None:
+    def copy_to(self, target: StoredObject, given_up: Callable[[], bool], mark: Metadata) -> Written | None:
         if not isinstance(target, S3Object):
-            super().copy_to(target, given_up)
-            return
+            return StoredObject.copy_to(self, target, given_up, mark)
         with self._reporting("read"):
             try:
                 found = self._call("head_object")
             except FileNotFoundError:
-                return
-        size = int(found["ContentLength"])
+                return None
+        size, described = int(found["ContentLength"]), {**_described(found), **mark}
         bucket, _, key = self._key.partition("/")
         if given_up():
             raise GivenUpError
         if size <= COPY_SIZE:
             with target._reporting("write"):
                 target._compare(None)
-                target._copy_whole({"Bucket": bucket, "Key": key})
-            return
+                return Written(size, target._copy_whole({"Bucket": bucket, "Key": key}, described))
 
         def parts() -> Iterator[Range]:
             for part in copied_ranges(Range(0, size)):
@@ -210,12 +213,14 @@ class S3Object(FsspecObject):
                     raise GivenUpError
                 yield part
 
-        target._put_parts(parts(), _described(found), self._key, Written(size, _version(found)), None)
+        return target._put_parts(parts(), described, self._key, Written(size, _version(found)), None)
 
-    def _copy_whole(self, source: dict[str, str]) -> None:
+    def _copy_whole(self, source: dict[str, str], metadata: Metadata) -> str:
+        arguments: dict[str, Any] = {"Metadata": _metadata(metadata), "MetadataDirective": "REPLACE"}
         try:
             # Ceph's gateway does not look at the condition here.
-            self._call("copy_object", headers=_condition(None), CopySource=source)
+            answer = self._call("copy_object", headers=_condition(None), CopySource=source, **arguments)
+            return _version(answer["CopyObjectResult"])
         except OSError as error:
             if s3_code(error) in _CONFLICTS:
                 raise ConflictError from error
@@ -225,17 +230,46 @@ class S3Object(FsspecObject):
         return self._current_version() is not None
 
     def _current_version(self) -> str | None:
-        """What version of the object is there; `None` if there is none."""
         with self._reporting("read"):
             try:
                 return self._head_version()
             except FileNotFoundError:
                 return None
 
+    def state(self) -> State:
+        with self._reporting("read"):
+            try:
+                is_there, has_files = self._listed_beside()
+                if not is_there:
+                    return State(None, has_files=has_files)
+            except PermissionError:
+                logger.warning(
+                    "%s may not be listed: files that flytekit has left below it are not seen", public(self.uri)
+                )
+            try:
+                found = self._call("head_object")
+            except FileNotFoundError:
+                return State(None)
+            except PermissionError:
+                # Who may not list is not told that nothing is there.
+                return State(None)
+        return State(Written(int(found["ContentLength"]), _version(found)), _described(found))
+
+    def _listed_beside(self) -> tuple[bool, bool]:
+        """Tell whether the object is there, and whether others are below it: mostly in one request for both."""
+        key = self._key.partition("/")[2]
+        page = self._call("list_objects_v2", moved=PACE, Prefix=key, Delimiter="/")
+        is_there = any(item["Key"] == key for item in page.get("Contents", []))
+        has_files = any(item["Prefix"] == f"{key}/" for item in page.get("CommonPrefixes", []))
+        if page.get("IsTruncated") and not (is_there or has_files):
+            # Very many others have names that only begin like it; its own comes first.
+            has_files = next(self.files(), None) is not None
+        return is_there, has_files
+
     def _check(self, written: Written) -> None:
         # Not every server looks at the condition under which a part is copied.
         if self._head_version() != written.version:
-            raise overwritten(self.uri)
+            raise ConflictError
 
     def _head_version(self) -> str:
         return _version(self._call("head_object"))
@@ -255,26 +289,34 @@ class S3Object(FsspecObject):
                 # An empty object has no first byte.
                 if s3_code(error) not in ("InvalidRange", "416"):
                     raise
-                head = _Piece([], 0, None, _described(self._call("head_object")))
+                found = self._call("head_object")
+                head = _Piece([], 0, _version(found), _described(found))
 
         def chunks() -> Iterator[Chunk]:
             yield from head.chunks
             if head.size > PART_SIZE:
-                rest = Range(PART_SIZE, head.size - PART_SIZE)
-                yield from self.get_range(rest, Written(head.size, head.version))
+                yield from self._pieces(Range(PART_SIZE, head.size - PART_SIZE), head.version)
 
         return Stored(head.size, head.version, chunks(), head.metadata)
 
     def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
+        try:
+            yield from self._pieces(part, written.version)
+        except StorageError as error:
+            if s3_code(error) in _CHANGED:
+                raise ConflictError from error
+            raise
+
+    def _pieces(self, part: Range, version: str | None) -> Iterator[Chunk]:
         def fetch(piece: Range) -> list[bytes]:
             with self._reporting("read"):
-                return self._fetch(piece, written.version).chunks
+                return self._fetch(piece, version).chunks
 
         return self._in_order(fetch, part, PART_SIZE)
 
     def files(self) -> Iterator[tuple[str, StoredObject]]:
         with self._reporting("list"):
-            found = sorted(self._listed())
+            found = sorted(self._listed(), key=in_folders)
         for name in found:
             # Consoles make empty objects that end in "/" to show a folder.
             if name and not name.endswith("/"):

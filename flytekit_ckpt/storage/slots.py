@@ -23,23 +23,35 @@ def temporary(path: Path) -> Iterator[tuple[int, Path]]:
         yield descriptor, name
     finally:
         # Still locked, so that nobody takes it for one that was left; once renamed, it is no more what it was.
-        if _is_at(descriptor, name):
+        if is_at(descriptor, name):
             with contextlib.suppress(OSError):
                 name.unlink()
         os.close(descriptor)
 
 
+def is_temporary(name: str, path: Path) -> bool:
+    """Tell whether a name is that of a temporary file beside a file."""
+    return name.startswith(_prefix(path)) and name.endswith(_SUFFIX)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:200]}."
+
+
+_SUFFIX = ".tmp"
+
+
 def _first_free(path: Path) -> tuple[int, Path]:
     for number in itertools.count():
-        name = path.with_name(f".{path.name[:200]}.{number}.tmp")
+        name = path.with_name(f"{_prefix(path)}{number}{_SUFFIX}")
         try:
             descriptor = _taken(name)
         except _LocksMissingError:
-            name = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}.tmp")
+            name = path.with_name(f"{_prefix(path)}{uuid.uuid4().hex}{_SUFFIX}")
             return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), name
         if descriptor is not None:
             for later in itertools.count(number + 1):
-                left = path.with_name(f".{path.name[:200]}.{later}.tmp")
+                left = path.with_name(f"{_prefix(path)}{later}{_SUFFIX}")
                 if not left.exists():
                     return descriptor, name
                 with contextlib.suppress(OSError, _LocksMissingError):
@@ -60,7 +72,7 @@ def _taken(name: Path) -> int | None:
         with contextlib.suppress(FileExistsError):
             descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             # Whoever finds it in this moment removes it.
-            if _locked(descriptor, name) and _is_at(descriptor, name):
+            if _locked(descriptor, name) and is_at(descriptor, name):
                 return descriptor
             os.close(descriptor)
             continue
@@ -75,7 +87,7 @@ def _taken(name: Path) -> int | None:
             if not _locked(descriptor, name):
                 return None
             # Unless its writer has just finished, and the name means nothing, or another one's file.
-            if _is_at(descriptor, name):
+            if is_at(descriptor, name):
                 name.unlink()
         finally:
             os.close(descriptor)
@@ -99,7 +111,8 @@ def _locked(descriptor: int, name: Path) -> bool:
     return True
 
 
-def _is_at(descriptor: int, name: Path) -> bool:
+def is_at(descriptor: int, name: Path) -> bool:
+    """Tell whether an open file is the one of this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(name))
     except FileNotFoundError:
