@@ -59,9 +59,9 @@ class Destination:
         with self._lock:
             return dict(vars(self))
 
-    def save_bytes(self, content: bytes) -> None:
+    def save_bytes(self, content: Chunk, callback: Callback | None) -> None:
         """Save bytes as the entry `_dst_cp`."""
-        self._save_stream(lambda: [content], len(content), None)
+        self._save_stream(lambda: [content], len(content), callback)
 
     def save_reader(self, reader: IO[bytes], callback: Callback | None) -> None:
         """Save what a binary reader still has to give as the entry `_dst_cp`."""

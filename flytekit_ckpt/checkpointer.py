@@ -8,16 +8,24 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from flytekit_ckpt import adapter, layout, restoration, storage, termination
 from flytekit_ckpt.carry import Carry
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+KEPT_SIZE = 1 << 20
+"""Bytes up to which what was read is kept, to be answered again whatever becomes of the source."""
 
 
 class Checkpoint(ABC):
@@ -102,14 +110,32 @@ class SyncCheckpoint(Checkpoint):
         self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
         self._carry = Carry(self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward)
         self._destination = adapter.Destination(self._checkpoint_dest, self._settings, self._carry.has_carried)
+        self._temporary: Path | None = None
         self._restored: Path | None = None
         self._restored_names: list[str] = []
         self._was_read = False
+        self._content: bytes | None = None
         self._lock = ForkSafeLock()
+        weakref.finalize(self, self._carry.close).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it restores anew, and goes on with what has been saved.
-        return {**vars(self), "_restored": None, "_restored_names": [], "_was_read": False}
+        state = {**vars(self), "_restored_names": [], "_was_read": False}
+        return {**state, **dict.fromkeys(("_temporary", "_restored", "_content"))}
+
+    def close(self) -> None:
+        """Wait until what was loaded has been carried forward, and remove the temporary folder; done by `with` too."""
+        self._carry.close()
+        with self._lock:
+            if self._temporary is not None:
+                restoration.remove_tree(self._temporary)
+                self._temporary = self._restored = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def prev_exists(self) -> bool:
         """Tell whether a source was given; whether a checkpoint is there, only `read` or `restore` can tell."""
@@ -154,7 +180,8 @@ class SyncCheckpoint(Checkpoint):
                 layout.log_nothing(self._checkpoint_src)
                 return None
             if folder is None:
-                folder = restoration.workspace(self, "flytekit_ckpt-") / self.SRC_LOCAL_FOLDER
+                self._temporary = restoration.workspace(self, "flytekit_ckpt-")
+                folder = self._temporary / self.SRC_LOCAL_FOLDER
                 folder.mkdir()
             self._restored_names = restoration.restore(
                 self._checkpoint_src, found, self.TMP_DST_PATH, folder, self._settings
@@ -202,6 +229,12 @@ class SyncCheckpoint(Checkpoint):
         elif isinstance(cp, io.TextIOBase):
             message = "a checkpoint is bytes, but the reader gives text: open it in binary mode"
             raise TypeError(message)
+        elif isinstance(cp, io.BytesIO):
+            # In one piece, its checksum is known before it is sent.
+            content = cp.getbuffer()[cp.tell() :]
+            with self._saving():
+                self._destination.save_bytes(content, callback)
+            cp.seek(0, io.SEEK_END)
         elif isinstance(cp, io.IOBase):
             with self._saving():
                 self._destination.save_reader(cast("IO[bytes]", cp), callback)
@@ -230,8 +263,13 @@ class SyncCheckpoint(Checkpoint):
             if self._checkpoint_src is None:
                 return None
             if self._restored is not None:
-                adapter.check_single(self._checkpoint_src, self._restored_names)
-                return (self._restored / self._restored_names[0]).read_bytes() if self._restored_names else None
+                return self._read_single(self._restored, self._restored_names)
+            if type(self).restore is not SyncCheckpoint.restore:
+                # In flytekit, `read` calls `restore`, and a subclass's override sees it.
+                folder = self.restore()
+                return None if folder is None else self._read_single(folder, os.listdir(folder))
+            if self._content is not None:
+                return self._content
             found = layout.get(self._checkpoint_src, self._settings)
             if found is None:
                 layout.log_nothing(self._checkpoint_src)
@@ -239,7 +277,14 @@ class SyncCheckpoint(Checkpoint):
             self._was_read = True
             content = adapter.read_single(self._checkpoint_src, found)
             self._carry.begin()
+            if content is not None and len(content) <= KEPT_SIZE:
+                self._content = content
             return content
+
+    def _read_single(self, folder: Path, names: list[str]) -> bytes | None:
+        assert self._checkpoint_src is not None
+        adapter.check_single(self._checkpoint_src, names)
+        return (folder / names[0]).read_bytes() if names else None
 
     def write(self, b: bytes) -> None:
         """Add bytes to this attempt's checkpoint as `_dst_cp`, in place of those written before, and store it.
@@ -256,9 +301,8 @@ class SyncCheckpoint(Checkpoint):
         StorageError
             If it cannot be stored; what was stored before stays.
         """
-        content = layout.as_bytes(b)
-        with self._saving():
-            self._destination.save_bytes(content)
+        # In flytekit, `write` calls `save`, and a subclass's override sees it.
+        self.save(cast("io.BufferedReader", io.BytesIO(layout.as_bytes(b))))
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:

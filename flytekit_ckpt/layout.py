@@ -205,12 +205,16 @@ class _Checksum:
         self._file = file
         self._size = size
         self._crc = 0
+        self._seen = 0
         self._is_complete = False
         self._told: int | None = None
 
     def of(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         for chunk in chunks:
             self._crc = members.crc32(chunk, self._crc)
+            self._seen += len(chunk)
+            # What comes in one chunk is known before it is sent.
+            self._is_complete = self._seen == self._size
             yield chunk
         self._is_complete = True
         if self._told is not None and self._told != self._crc:
@@ -505,11 +509,11 @@ def look(
 
 def link(source: str, destination: str, settings: Settings) -> bool:
     """Carry a checkpoint forward as `copy` does, if that takes no time; returns whether it did."""
-    target = _vacant(destination, settings)
     path, is_folder = _located(source)
-    if target is None or is_folder:
+    if path is None or is_folder or storage.local_path(destination) is None:
         return False
-    return storage.at(source if path is None else str(path), settings).link_to(target, _MARK)
+    target = _vacant(destination, settings)
+    return target is not None and storage.at(str(path), settings).link_to(target, _MARK)
 
 
 def is_linked(source: str, destination: str) -> bool:

@@ -1,4 +1,4 @@
-"""Locks that a process does not inherit from another one's threads."""
+"""Locks and queues that a process does not inherit from another one's threads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import weakref
+from collections import deque
 from types import TracebackType
 
 
@@ -33,7 +34,42 @@ class ForkSafeLock:
             self._lock.release()
 
 
-_all: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
+class Queue:
+    """Lets callers through one at a time, in the order in which they lined up; empty in a forked or another process."""
+
+    def __init__(self) -> None:
+        self._renew()
+        _all.add(self)
+
+    def _renew(self) -> None:
+        self._changed = threading.Condition()
+        self._places: deque[object] = deque()
+
+    def __reduce__(self) -> tuple[type[Queue], tuple[()]]:
+        return Queue, ()
+
+    def line_up(self) -> object:
+        """Take a place at the end; whoever takes one has to `leave` it."""
+        place = object()
+        with self._changed:
+            self._places.append(place)
+        return place
+
+    def wait_for(self, place: object) -> None:
+        """Wait until a place is the first."""
+        with self._changed:
+            self._changed.wait_for(lambda: place not in self._places or self._places[0] is place)
+
+    def leave(self, place: object) -> None:
+        """Give a place up, wherever in the queue it is."""
+        with self._changed:
+            # Not in a process that was forked meanwhile.
+            with contextlib.suppress(ValueError):
+                self._places.remove(place)
+            self._changed.notify_all()
+
+
+_all: weakref.WeakSet[ForkSafeLock | Queue] = weakref.WeakSet()
 
 
 def _renew_all() -> None:

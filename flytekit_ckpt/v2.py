@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flytekit_ckpt import layout, restoration, storage, termination
 from flytekit_ckpt.carry import Carry
 from flytekit_ckpt.entries import file_chunks, folder_size, scan_folder
-from flytekit_ckpt.locks import ForkSafeLock
+from flytekit_ckpt.locks import ForkSafeLock, Queue
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback, Chunk
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Savable = os.PathLike[str] | str | bytes | bytearray | memoryview
 """What can be saved: the path of a file or folder, or bytes."""
@@ -103,6 +110,8 @@ class Checkpoint(BaseCheckpoint):
         self._workspace: Path | None = None
         self._loaded: Path | None = None
         self._lock = ForkSafeLock()
+        self._saves = Queue()
+        weakref.finalize(self, self._carry.close).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it loads anew.
@@ -126,6 +135,20 @@ class Checkpoint(BaseCheckpoint):
                 self._workspace = restoration.workspace(self, "flytekit_ckpt-")
             return self._workspace
 
+    def close(self) -> None:
+        """Wait until what was loaded has been carried forward, and remove the local folder; done by `with` too."""
+        self._carry.close()
+        with self._lock:
+            if self._workspace is not None:
+                restoration.remove_tree(self._workspace)
+            self._workspace = self._loaded = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def prev_exists(self) -> bool:
         """Tell whether a source was given; whether a checkpoint is there, only loading can tell."""
         return self._checkpoint_src is not None
@@ -135,8 +158,30 @@ class Checkpoint(BaseCheckpoint):
         return await asyncio.to_thread(self.load_sync, callback=callback)
 
     async def save(self, data: Savable, *, callback: Callback | None = None) -> None:
-        """Save without blocking the event loop; see `save_sync`."""
-        await asyncio.to_thread(self.save_sync, data, callback=callback)
+        """Save without blocking the event loop; see `save_sync`.
+
+        If it is cancelled, it is undone before it returns: unless it has just come to its end, what was stored before
+        stays.
+        """
+        loop, cancelled = asyncio.get_running_loop(), threading.Event()
+        place = self._saves.line_up()
+        try:
+            saving = loop.run_in_executor(None, self._save_in_turn, place, data, callback, cancelled)
+        except BaseException:
+            self._saves.leave(place)
+            raise
+        try:
+            await asyncio.shield(saving)
+        except asyncio.CancelledError:
+            cancelled.set()
+            self._saves.leave(place)
+            while not saving.done():
+                # Another cancellation changes nothing.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([saving])
+            # Whatever came of it is of no interest now, but asyncio would complain that nobody has asked.
+            saving.exception()
+            raise
 
     def load_sync(self, *, callback: Callback | None = None) -> Path | None:
         """Load the previous attempt's checkpoint into `path`, all of it or nothing.
@@ -178,6 +223,8 @@ class Checkpoint(BaseCheckpoint):
     def save_sync(self, data: Savable, *, callback: Callback | None = None) -> None:
         """Save this attempt's checkpoint in place of what it saved before.
 
+        Saves of one instance happen one after the other, in the order of the calls, `save` included.
+
         Parameters
         ----------
         data : path-like, str, bytes, bytearray or memoryview
@@ -196,11 +243,26 @@ class Checkpoint(BaseCheckpoint):
         CheckpointError
             If a file shrinks or vanishes while it is being saved; what was stored before stays.
         """
-        with termination.saving(), self._carry.making_way():
-            self._save(data, callback)
+        self._save_in_turn(self._saves.line_up(), data, callback, threading.Event())
 
-    def _save(self, data: Savable, callback: Callback | None) -> None:
-        dest, settings = self._checkpoint_dest, self._settings
+    def _save_in_turn(
+        self, place: object, data: Savable, callback: Callback | None, cancelled: threading.Event
+    ) -> None:
+        try:
+            self._saves.wait_for(place)
+            if not cancelled.is_set():
+                with termination.saving(), self._carry.making_way():
+                    self._save(data, callback, cancelled)
+        finally:
+            self._saves.leave(place)
+
+    def _save(self, data: Savable, callback: Callback | None, cancelled: threading.Event) -> None:
+        def step() -> None:
+            if cancelled.is_set():
+                raise storage.GivenUpError
+
+        dest, settings = self._checkpoint_dest, replace(self._settings, cancelled=cancelled)
+        options = layout.PutOptions(step=step)
         chunks: Iterable[Chunk]
         file: Path | None = None
         if not isinstance(data, (str, os.PathLike)):
@@ -209,14 +271,18 @@ class Checkpoint(BaseCheckpoint):
         else:
             path = Path(data)
             if path.is_dir():
-                size = functools.partial(folder_size, path)
-                layout.put_tree(dest, scan_folder(path), settings, size=size, callback=callback)
+                exclude = layout.not_into_itself(dest)
+                size = functools.partial(folder_size, path, exclude)
+                entries = scan_folder(path, exclude)
+                layout.put_tree(dest, entries, settings, size=size, callback=callback, options=options)
                 return
             if not path.is_file():
                 raise layout.not_savable(path)
             length = path.stat().st_size
             file, chunks = path, file_chunks(path, length)
-        layout.put_payload(dest, chunks, settings, size=length, file=file, keep_archives=True, callback=callback)
+        layout.put_payload(
+            dest, chunks, settings, size=length, file=file, keep_archives=True, callback=callback, options=options
+        )
 
 
 class PayloadPath(PosixPath):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -42,7 +43,9 @@ class IncompleteAnswerError(ConnectionError):
     """Storage answered with fewer bytes than it was asked for."""
 
 
-def tried_again(function: Callable[[], _Answer], *, retries: int, uri: str) -> _Answer:
+def tried_again(
+    function: Callable[[], _Answer], *, retries: int, uri: str, cancelled: threading.Event | None = None
+) -> _Answer:
     """Call a function until it succeeds, fails for good, or has failed too often.
 
     Waits grow exponentially up to `LONGEST_WAIT`, each drawn at random below that: those who failed together should
@@ -56,6 +59,8 @@ def tried_again(function: Callable[[], _Answer], *, retries: int, uri: str) -> _
         Calls after the first.
     uri : str
         For the log.
+    cancelled : threading.Event, optional
+        Ends the waiting and the tries once it is set.
     """
     import tenacity
 
@@ -63,8 +68,10 @@ def tried_again(function: Callable[[], _Answer], *, retries: int, uri: str) -> _
         error = state.outcome.exception() if state.outcome is not None else None
         logger.info("try %d at %s failed, trying again: %s", state.attempt_number, public(uri), type(error).__name__)
 
+    cancelled = cancelled or threading.Event()
     trying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(retries + 1),
+        stop=tenacity.stop_any(tenacity.stop_after_attempt(retries + 1), tenacity.stop_when_event_set(cancelled)),
+        sleep=tenacity.sleep_using_event(cancelled),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT),
         retry=tenacity.retry_if_exception(may_pass),
         before_sleep=log,

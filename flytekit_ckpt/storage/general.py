@@ -113,7 +113,8 @@ class FsspecObject(StoredObject):
         return None if info["type"] == "directory" else info
 
     def _retrying(self, function: Callable[[], Any]) -> Any:
-        return tried_again(function, retries=self._settings.retries, uri=self.uri)
+        settings = self._settings
+        return tried_again(function, retries=settings.retries, uri=self.uri, cancelled=settings.cancelled)
 
     def copy_to(self, target: StoredObject, given_up: Callable[[], bool], mark: Metadata) -> Written | None:
         if not (isinstance(target, FsspecObject) and target._protocol == self._protocol in _ATOMIC_COPIES):

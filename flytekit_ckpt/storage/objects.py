@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Settings:
         Seconds that storage may be silent, and may take for 4 MiB, before a request counts as failed.
     restore_limit : int or None
         Bytes that a checkpoint may hold when it is restored; `None` for any.
+    cancelled : threading.Event or None
+        Once it is set, no request is tried again.
     """
 
     options: StorageOptions = field(default_factory=dict)
@@ -51,6 +54,7 @@ class Settings:
     retries: int = RETRIES
     timeout: float = TIMEOUT
     restore_limit: int | None = None
+    cancelled: threading.Event | None = None
 
     @property
     def share(self) -> int:

@@ -63,7 +63,8 @@ def in_a_fork() -> Iterator[bool]:
 def test_a_fork_saves_and_loads_while_a_thread_of_its_parent_is_in_the_middle_of_both(place: Place) -> None:
     source, mine, forked = place.uri(), place.uri(), place.uri()
     SyncCheckpoint(source, storage_options=place.options).write(b"5")
-    checkpoint = SyncCheckpoint(mine, source, storage_options=place.options)
+    # The fork waits so long for what its parent saves to the same destination.
+    checkpoint = SyncCheckpoint(mine, source, storage_options=place.options, timeout=2)
     other = SyncCheckpoint(forked, mine, storage_options=place.options)
     held = Held()
     thread = threading.Thread(target=checkpoint.save, args=(held,))
