@@ -146,9 +146,9 @@ def test_raw_zeros_that_flyte_stored_and_loses_are_read_as_a_payload(place: Plac
 
 
 def test_a_flipped_bit_is_an_error_where_flyte_hands_back_damaged_files(tmp_path: Path) -> None:
-    uri = str(tmp_path / "checkpoint")
     source = make(tmp_path / "source", {"weights": os.urandom(100_000)})
     for save in (save_with_flyte, save_with_the_new_face, save_with_the_legacy_face):
+        uri = str(tmp_path / save.__name__)
         save(uri, source)
         content = bytearray(Path(uri).read_bytes())
         content[len(content) // 2] ^= 1
