@@ -55,10 +55,16 @@ class Queue:
             self._places.append(place)
         return place
 
-    def wait_for(self, place: object) -> None:
-        """Wait until a place is the first."""
+    def wait_for(self, place: object, cancelled: threading.Event) -> None:
+        """Wait until a place is the first, or its owner is told by `cancel` that it need not wait."""
         with self._changed:
-            self._changed.wait_for(lambda: place not in self._places or self._places[0] is place)
+            self._changed.wait_for(lambda: cancelled.is_set() or self._places[0] is place)
+
+    def cancel(self, cancelled: threading.Event) -> None:
+        """Have whoever waits with this event wait no longer."""
+        with self._changed:
+            cancelled.set()
+            self._changed.notify_all()
 
     def leave(self, place: object) -> None:
         """Give a place up, wherever in the queue it is."""

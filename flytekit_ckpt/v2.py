@@ -173,8 +173,7 @@ class Checkpoint(BaseCheckpoint):
         try:
             await asyncio.shield(saving)
         except asyncio.CancelledError:
-            cancelled.set()
-            self._saves.leave(place)
+            self._saves.cancel(cancelled)
             while not saving.done():
                 # Another cancellation changes nothing.
                 with contextlib.suppress(asyncio.CancelledError):
@@ -249,7 +248,7 @@ class Checkpoint(BaseCheckpoint):
         self, place: object, data: Savable, callback: Callback | None, cancelled: threading.Event
     ) -> None:
         try:
-            self._saves.wait_for(place)
+            self._saves.wait_for(place, cancelled)
             if not cancelled.is_set():
                 with termination.saving(), self._carry.making_way():
                     self._save(data, callback, cancelled)
