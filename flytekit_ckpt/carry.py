@@ -20,6 +20,7 @@ from flytekit_ckpt import layout, storage
 from flytekit_ckpt.background import finish_at_exit
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.locks import ForkSafeLock
+from flytekit_ckpt.pipeline import WORKERS
 from flytekit_ckpt.storage import Settings
 
 logger = logging.getLogger("flytekit_ckpt")
@@ -71,7 +72,6 @@ class Carry:
         self._copy_made: storage.Written | None = None
         self._copying: concurrent.futures.Future[None] | None = None
         self._process = os.getpid()
-        self._thread: int | None = None
         self._join()
 
     def _join(self) -> None:
@@ -106,9 +106,21 @@ class Carry:
     def close(self) -> None:
         """Wait for it to end."""
         copying = self._under_way()
-        # The copying thread may be the one that collects what it belongs to.
-        if copying is not None and threading.get_ident() != self._thread:
+        if copying is not None:
             concurrent.futures.wait([copying])
+
+    def close_with(self, owner: object) -> None:
+        """Wait for it to end when its owner is collected, if that is the local disk's business.
+
+        A folder that holds both may be about to be removed. Of an object store nothing is removed so; and collecting
+        happens in any thread, the one included that the requests to an object store are sent from.
+        """
+        if all(uri is not None and storage.local_path(uri) is not None for uri in (self._source, self._destination)):
+            weakref.finalize(owner, self._close_unless_in_a_worker).atexit = False
+
+    def _close_unless_in_a_worker(self) -> None:
+        if not threading.current_thread().name.startswith(WORKERS):
+            self.close()
 
     @contextlib.contextmanager
     def making_way(self) -> Iterator[None]:
@@ -137,7 +149,7 @@ class Carry:
     def _start(self) -> None:
         if not self._is_wanted or not self._is_loaded or self._place.saves or self._has_linked():
             return
-        pool = concurrent.futures.ThreadPoolExecutor(1, "flytekit_ckpt-carry")
+        pool = concurrent.futures.ThreadPoolExecutor(1, f"{WORKERS}-carry")
         # Unless the interpreter is on its way out.
         with contextlib.suppress(RuntimeError):
             self._copying = pool.submit(self._copy)
@@ -163,7 +175,6 @@ class Carry:
 
     def _copy(self) -> None:
         assert self._source is not None
-        self._thread = threading.get_ident()
         places = storage.public(self._source), storage.public(self._destination)
         started = time.perf_counter()
         try:

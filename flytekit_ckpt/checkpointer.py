@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,7 +115,7 @@ class SyncCheckpoint(Checkpoint):
         self._was_read = False
         self._content: bytes | None = None
         self._lock = ForkSafeLock()
-        weakref.finalize(self, self._carry.close).atexit = False
+        self._carry.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it restores anew, and goes on with what has been saved.

@@ -41,6 +41,9 @@ class Callback(Protocol):
 LITTLE = 64 << 10
 """Bytes that are worked on in less time than a thread takes to start."""
 
+WORKERS = "flytekit_ckpt"
+"""What the names of this package's threads begin with."""
+
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
 
@@ -80,7 +83,7 @@ def in_order(
         return
     waiting: deque[tuple[int, Future[_Answer]]] = deque()
     held = 0
-    with ThreadPoolExecutor(threads, thread_name_prefix="flytekit_ckpt") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix=WORKERS) as pool:
         try:
             for size, item in _rest(head, source):
                 # More than there are threads, so that none waits for the one who takes the answers.
@@ -108,7 +111,7 @@ def _rest(head: deque[_Item], source: Iterator[_Item]) -> Iterator[_Item]:
 def ahead(source: Iterator[_Answer], *, count: int) -> Iterator[_Answer]:
     """Run an iterator in a thread of its own, up to `count` items ahead of the one who takes them."""
     end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="flytekit_ckpt") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix=WORKERS) as pool:
         waiting: deque[Future[object]] = deque()
         try:
             while True:

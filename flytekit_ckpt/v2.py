@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -111,7 +110,7 @@ class Checkpoint(BaseCheckpoint):
         self._loaded: Path | None = None
         self._lock = ForkSafeLock()
         self._saves = Queue()
-        weakref.finalize(self, self._carry.close).atexit = False
+        self._carry.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it loads anew.

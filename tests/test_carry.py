@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from flytekit_ckpt import StorageError, SyncCheckpoint, layout, runner, storage
-from flytekit_ckpt.storage import parts
+from flytekit_ckpt.storage import local, parts
 from flytekit_ckpt.storage import s3 as s3_objects
 from flytekit_ckpt.v2 import Checkpoint
 from tests.conftest import Place, Task
@@ -225,18 +226,18 @@ def test_a_server_that_knows_conditions_is_given_one(s3: Place, size: int, monke
     monkeypatch.setattr(parts, "COPY_SIZE", 6 << 20)
     source, first = attempt(SyncCheckpoint, s3, None)
     first.write(os.urandom(size))
-    real = s3_objects.S3Object._call
+    real = s3_objects._sent
     conditions = []
 
-    def call(self: Any, method: str, **arguments: Any) -> Any:
-        if "If-None-Match" not in (arguments.get("headers") or {}):
-            return real(self, method, **arguments)
-        conditions.append((method, arguments["headers"]["If-None-Match"]))
+    async def sent(filesystem: Any, method: str, headers: Any, **arguments: Any) -> Any:
+        if "If-None-Match" not in headers:
+            return await real(filesystem, method, headers, **arguments)
+        conditions.append((method, headers["If-None-Match"]))
         refusal = OSError("refused")
         refusal.response = {"Error": {"Code": "PreconditionFailed"}}  # type: ignore[attr-defined]
         raise refusal
 
-    monkeypatch.setattr(s3_objects.S3Object, "_call", call)
+    monkeypatch.setattr(s3_objects, "_sent", sent)
     target = storage.at(s3.uri(), s3.settings)
     with pytest.raises(storage.ConflictError):
         storage.at(source, s3.settings).copy_to(target, lambda: False, {})
@@ -317,6 +318,82 @@ def test_it_is_given_up_for_a_save_and_taken_up_when_that_fails(
     assert SyncCheckpoint("", str(destination)).read() == b"5"
     checkpoint.write(b"6")
     assert SyncCheckpoint("", str(destination)).read() == b"6"
+
+
+# On a local disk it takes no time; elsewhere, who is closed or collected waits for it ---------------------------------
+
+
+@pytest.mark.parametrize("kind", FACES)
+@pytest.mark.parametrize("can", ["clone", "link"])
+def test_on_a_local_disk_it_is_done_when_the_load_returns(
+    tmp_path: Path, kind: Any, can: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = tmp_path / "first", tmp_path / "second"
+    SyncCheckpoint(str(source)).write(os.urandom(1 << 20))
+    if can == "clone":
+        # Where the file system of the tests cannot.
+        monkeypatch.setattr(local, "_cloned", lambda source, target: os.sendfile(target, source, 0, 1 << 20) > 0)
+    checkpoint = kind(str(destination), str(source))
+    load(checkpoint)
+    assert checkpoint._carry._copying is None
+    assert destination.read_bytes() == source.read_bytes()
+    assert os.path.samefile(source, destination) == (can == "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    # And no change of the one is one of the other.
+    content = source.read_bytes()
+    save(checkpoint, b"6")
+    assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", FACES)
+def test_a_temporary_directory_ends_as_it_should(kind: Any) -> None:
+    for _ in range(60):
+        with tempfile.TemporaryDirectory() as folder:
+            SyncCheckpoint(f"{folder}/first").write(b"5" * 100_000)
+            load(kind(f"{folder}/second", f"{folder}/first"))
+
+
+@pytest.mark.parametrize("kind", FACES)
+@pytest.mark.parametrize("end", ["close", "with", "collected"])
+def test_who_is_closed_or_collected_waits_for_the_copy(
+    tmp_path: Path, kind: Any, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = tmp_path / "first", tmp_path / "second"
+    SyncCheckpoint(str(source)).write(b"5")
+    original = layout.copy
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return original(*arguments)
+
+    monkeypatch.setattr(layout, "copy", slow)
+    monkeypatch.setattr(layout, "link", lambda *_: False)
+    checkpoint = kind(str(destination), str(source))
+    if end == "with":
+        with checkpoint as entered:
+            assert entered is checkpoint
+            load(checkpoint)
+            assert not destination.exists()
+    else:
+        load(checkpoint)
+        assert not destination.exists()
+    if end == "close":
+        checkpoint.close()
+    del checkpoint
+    assert destination.read_bytes() == b"5"
+
+
+@pytest.mark.parametrize("kind", FACES)
+def test_a_closed_checkpoint_has_removed_its_folder_and_may_be_used_again(tmp_path: Path, kind: Any) -> None:
+    source = str(tmp_path / "first")
+    SyncCheckpoint(source).write(b"5")
+    checkpoint = kind(str(tmp_path / "second"), source)
+    folder = load(checkpoint)
+    checkpoint.close()
+    checkpoint.close()
+    assert not folder.exists()
+    assert load(checkpoint).exists()
+    save(checkpoint, b"6")
 
 
 def test_a_failure_is_logged_and_disturbs_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

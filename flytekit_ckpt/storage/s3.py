@@ -145,8 +145,6 @@ class S3Object(FsspecObject):
             with self._reporting("write"):
                 if previous is not None:
                     self._at(source)._check(previous)
-                # Not every server looks at the condition: Ceph's gateway does not where an upload is completed.
-                self._compare(replaced)
                 version = self._complete(upload, [part for _, part in sent], token, replaced)
         except BaseException:
             self._abort(upload)
@@ -161,22 +159,39 @@ class S3Object(FsspecObject):
                 time.sleep(seconds)
 
     def _complete(self, upload: str, parts: list[dict[str, Any]], token: str, replaced: Replaced) -> str:
+        bucket, _, key = self._key.partition("/")
+        arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+
+        async def request(filesystem: Any) -> Any:
+            if replaced is not ANYTHING:
+                # Not every server looks at the condition: Ceph's gateway does not where an upload is completed. So it
+                # is looked at here too, each time that this is tried.
+                try:
+                    found = _version(await filesystem._call_s3("head_object", Bucket=bucket, Key=key))
+                except FileNotFoundError:
+                    found = None
+                if found != (None if replaced is None else replaced.version):
+                    raise ConflictError
+            headers = _condition(replaced)
+            return await _sent(filesystem, "complete_multipart_upload", headers, Bucket=bucket, Key=key, **arguments)
+
         try:
             # The server may take long over ten thousand parts.
-            arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
-            headers = _condition(replaced)
-            answer = self._call("complete_multipart_upload", moved=10 * PACE, headers=headers, **arguments)
+            answer = self._requested(request, 10 * PACE)
         except Exception as error:
             # The answer may be all that was lost, and the server knows nothing of the upload any more.
             with contextlib.suppress(Exception):
-                found = self._uploaded(token)
-                if found is not None:
-                    return _version(found)
-            if s3_code(error) in _CONFLICTS:
+                uploaded = self._uploaded(token)
+                if uploaded is not None:
+                    return _version(uploaded)
+            if replaced is not ANYTHING and s3_code(error) in {*_CONFLICTS, "NoSuchUpload"}:
                 raise ConflictError from error
             raise
-        # Ceph's gateway leaves the tag out of this one answer.
-        return _version(answer) or self._head_version()
+        if _version(answer):
+            return _version(answer)
+        # Ceph's gateway leaves the tag out of this one answer; and somebody may have replaced the object already.
+        uploaded = self._uploaded(token)
+        return f"{token}, replaced" if uploaded is None else _version(uploaded)
 
     def _copy_part(self, source: str, part: Range, previous: Written | None, arguments: dict[str, Any]) -> str:
         bucket, _, key = source.partition("/")
@@ -357,15 +372,11 @@ class S3Object(FsspecObject):
         return answer
 
     def _call(self, method: str, *, moved: int = 0, headers: Mapping[str, str] | None = None, **arguments: Any) -> Any:
-        """Send a request that moves about so many bytes, with headers that not every botocore has a name for."""
+        """Send a request that moves about so many bytes."""
         bucket, _, key = self._key.partition("/")
 
         async def request(filesystem: Any) -> Any:
-            if headers:
-                client = await filesystem.set_session()
-                client.meta.events.register("before-call.s3", _add_headers, unique_id=_add_headers.__qualname__)
-                _headers.set(headers)
-            return await filesystem._call_s3(method, Bucket=bucket, Key=key, **arguments)
+            return await _sent(filesystem, method, headers or {}, Bucket=bucket, Key=key, **arguments)
 
         return self._requested(request, moved)
 
@@ -381,6 +392,15 @@ class S3Object(FsspecObject):
             return await asyncio.wait_for(request(filesystem), limit)
 
         return self._retrying(lambda: sync(filesystem.loop, limited))
+
+
+async def _sent(filesystem: Any, method: str, headers: Mapping[str, str], **arguments: Any) -> Any:
+    """Send a request with headers that not every botocore has a name for."""
+    if headers:
+        client = await filesystem.set_session()
+        client.meta.events.register("before-call.s3", _add_headers, unique_id=_add_headers.__qualname__)
+        _headers.set(headers)
+    return await filesystem._call_s3(method, **arguments)
 
 
 # Of the request that the running task sends.

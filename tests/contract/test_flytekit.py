@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import flytekit_ckpt
-from flytekit_ckpt import SyncCheckpoint, checkpointer, v2
+from flytekit_ckpt import SyncCheckpoint, checkpointer, storage, v2
 from tests import s3_server
 from tests.conftest import Place
 from tests.trees import CONTENTS, Tree, look, make, trees
@@ -310,3 +310,49 @@ def test_deviation_quotes_and_blanks_as_source_mean_none(place: Place) -> None:
 def test_deviation_none_is_not_written_as_no_bytes(place: Place) -> None:
     with pytest.raises(TypeError, match="NoneType"):
         SyncCheckpoint(place.uri()).write(None)  # type: ignore[arg-type]
+
+
+# Subclasses -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_subclass_sees_the_calls_that_flytekits_sees(place: Place, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+    for package in (checkpointer, theirs):
+        calls: list[str] = []
+
+        class Extended(package.SyncCheckpoint):  # type: ignore[name-defined, misc]
+            def save(self, cp: Any) -> None:
+                calls.append(f"save {type(cp).__name__}")  # noqa: B023
+                super().save(cp)
+
+            def restore(self, path: Any = None) -> Any:
+                calls.append("restore")  # noqa: B023
+                return super().restore(path)
+
+        uri = place.uri()
+        Extended(uri).write(b"5")
+        assert Extended(place.uri(), uri).read() == b"5"
+        seen.append(calls)
+    assert seen[0] == seen[1] == ["save BytesIO", "restore"]
+
+
+def test_a_subclass_that_restores_by_itself_is_read_from(tmp_path: Path) -> None:
+    for package in (checkpointer, theirs):
+
+        class Extended(package.SyncCheckpoint):  # type: ignore[name-defined, misc]
+            def restore(self, path: Any = None) -> Any:
+                return make(tmp_path / package.__name__, {"own": b"6"})  # noqa: B023
+
+        assert Extended(str(tmp_path / "next"), str(tmp_path / "source")).read() == b"6"
+
+
+@pytest.mark.parametrize("size", [1, 3 << 20])
+def test_what_was_read_once_is_read_again(place: Place, size: int) -> None:
+    for package in (checkpointer, theirs):
+        uri = place.uri()
+        package.SyncCheckpoint(uri).write(b"5" * size)
+        attempt = package.SyncCheckpoint(place.uri(), uri)
+        assert attempt.read() == attempt.read() == b"5" * size
+        if size == 1 and package is checkpointer:
+            storage.at(uri, place.settings).remove()
+            assert attempt.read() == b"5"
