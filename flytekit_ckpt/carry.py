@@ -173,14 +173,21 @@ class Carry:
             )
         return is_done
 
+    def _is_given_up(self) -> bool:
+        return self._place.saves > 0
+
     def _copy(self) -> None:
         assert self._source is not None
         places = storage.public(self._source), storage.public(self._destination)
         started = time.perf_counter()
         try:
-            self._copy_made = layout.copy(
-                self._source, self._destination, self._settings, lambda: self._place.saves > 0
-            )
+            with storage.turn(self._destination, self._settings.timeout, self._is_given_up) as sign:
+
+                def given_up() -> bool:
+                    sign()
+                    return self._is_given_up()
+
+                self._copy_made = layout.copy(self._source, self._destination, self._settings, given_up)
             if self._copy_made is not None:
                 logger.info("carried %s forward to %s in %.3f s", *places, time.perf_counter() - started)
         except (storage.GivenUpError, storage.ConflictError):

@@ -249,13 +249,17 @@ class Checkpoint(BaseCheckpoint):
         try:
             self._saves.wait_for(place, cancelled)
             if not cancelled.is_set():
-                with termination.saving(), self._carry.making_way():
-                    self._save(data, callback, cancelled)
+                turn = storage.turn(self._checkpoint_dest, self._settings.timeout, cancelled.is_set)
+                with termination.saving(), self._carry.making_way(), turn as sign:
+                    self._save(data, callback, cancelled, sign)
         finally:
             self._saves.leave(place)
 
-    def _save(self, data: Savable, callback: Callback | None, cancelled: threading.Event) -> None:
+    def _save(
+        self, data: Savable, callback: Callback | None, cancelled: threading.Event, sign: Callable[[], None]
+    ) -> None:
         def step() -> None:
+            sign()
             if cancelled.is_set():
                 raise storage.GivenUpError
 

@@ -259,6 +259,39 @@ def test_nobody_waits_for_one_who_gives_no_sign_of_life(tmp_path: Path, caplog: 
     assert "gives no sign of life" in caplog.text
 
 
+def test_who_gives_up_waits_no_longer(tmp_path: Path) -> None:
+    uri = str(tmp_path / "object")
+    with turns.turn(uri, 10), pytest.raises(storage.GivenUpError), turns.turn(uri, 3600, lambda: True):
+        pass
+
+
+@pytest.mark.parametrize("kind", [SyncCheckpoint, v2.Checkpoint])
+def test_a_fork_waits_for_what_its_parent_carries_forward(
+    s3: Place, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ceph's gateway would let the one replace the other."""
+    before, uri = s3.uri(), s3.uri()
+    saver(s3, before).write(b"old")
+    checkpoint = kind(uri, before, storage_options=s3.options)
+    begun, original = threading.Event(), layout.copy
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        time.sleep(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(layout, "copy", slow)
+    checkpoint.restore() if kind is SyncCheckpoint else checkpoint.load_sync()
+    assert begun.wait(10)
+    child = os.fork()
+    if not child:
+        started = time.monotonic()
+        checkpoint.write(b"new") if kind is SyncCheckpoint else checkpoint.save_sync(b"new")
+        os._exit(0 if time.monotonic() - started > 0.5 else 1)
+    assert os.waitpid(child, 0) == (child, 0)
+    assert found(s3, uri) == {"_dst_cp": b"new"}
+
+
 def test_one_who_gives_signs_of_life_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_SIGN_INTERVAL", 0.0)
     uri, order = str(tmp_path / "object"), []

@@ -1,7 +1,8 @@
 """Turns at one destination: those who save there from one machine do so one after the other.
 
-It saves work, no more: without it, each but one would find at its end that another one came first, and begin anew. That
-nothing is lost is up to the condition under which an object is written. So nobody waits for one who hangs.
+It saves work: without it, each but one would find at its end that another one came first, and begin anew. That nothing
+is lost is up to the condition under which an object is written, so nobody waits for one who hangs. Where a server
+ignores that condition, it is what keeps those on one machine apart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flytekit_ckpt.storage import slots
+from flytekit_ckpt.storage.failures import GivenUpError
 from flytekit_ckpt.storage.uris import local_path, public
 
 logger = logging.getLogger("flytekit_ckpt")
@@ -29,7 +31,7 @@ _held: set[int] = set()
 
 
 @contextlib.contextmanager
-def turn(uri: str, patience: float) -> Iterator[Callable[[], None]]:
+def turn(uri: str, patience: float, given_up: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], None]]:
     """Wait for the others who save to a URI from this machine, as long as they give signs of life.
 
     Parameters
@@ -38,6 +40,8 @@ def turn(uri: str, patience: float) -> Iterator[Callable[[], None]]:
         The destination.
     patience : float
         Seconds without a sign of life after which nobody is waited for any more.
+    given_up : callable, optional
+        Asked again and again whether to wait no longer, which is a `GivenUpError`.
 
     Yields
     ------
@@ -45,7 +49,7 @@ def turn(uri: str, patience: float) -> Iterator[Callable[[], None]]:
         Gives a sign of life; to be called again and again.
     """
     name = _name(uri)
-    lock = None if name is None else _locked(name, uri, patience)
+    lock = None if name is None else _locked(name, uri, patience, given_up)
     if name is None or lock is None:
         yield lambda: None
         return
@@ -94,7 +98,7 @@ def _name(uri: str) -> Path | None:
     return None
 
 
-def _locked(name: Path, uri: str, patience: float) -> int | None:
+def _locked(name: Path, uri: str, patience: float, given_up: Callable[[], bool]) -> int | None:
     """Open and lock a file; `None` if that cannot be done, or its owner is silent for too long."""
     seen, since = 0, time.monotonic()
     wait = 0.001
@@ -122,5 +126,7 @@ def _locked(name: Path, uri: str, patience: float) -> int | None:
         elif time.monotonic() - since > patience:
             logger.info("who saves to %s gives no sign of life: saving meanwhile", public(uri))
             return None
+        if given_up():
+            raise GivenUpError
         time.sleep(wait)
         wait = min(2 * wait, 0.05)
