@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from flytekit_ckpt import CheckpointError, StorageError, SyncCheckpoint, adapter
 from flytekit_ckpt.storage import failures, turns
 from flytekit_ckpt.storage.s3 import S3Object
 from tests.conftest import Place
+from tests.platforms import Flyte1
 from tests.trees import look, make
 
 
@@ -362,3 +364,39 @@ def test_a_new_face_replaces_what_was_saved_as_in_flyte(place: Place) -> None:
     assert found(place, uri) == {"_dst_cp": b"2"}
     legacy.write(b"3")
     assert found(place, uri) == {"_dst_cp": b"3"}
+
+
+# The ranks of Elastic tasks -------------------------------------------------------------------------------------------
+
+ELASTIC = """
+    import os
+    from pathlib import Path
+    import flytekit_ckpt.auto
+    from flytekit import current_context, task
+    from flytekit.exceptions.user import FlyteRecoverableException
+    from flytekitplugins.kfpytorch import Elastic
+
+    @task(task_config=Elastic(nnodes=1, nproc_per_node=2), retries=1)
+    def work() -> int:
+        checkpoint, rank = current_context().checkpoint, os.environ["RANK"]
+        folder = checkpoint.restore()
+        if folder is not None:
+            return sum(int((folder / f"rank{one}.pt").read_text()) for one in range(2))
+        path = Path(f"rank{rank}.pt").absolute()
+        path.write_text(f"2{rank}")
+        checkpoint.save(path)
+        # No rank ends the attempt before the other has saved.
+        import torch.distributed
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+        raise FlyteRecoverableException("simulated")
+"""
+
+
+@pytest.mark.heavy
+def test_every_rank_of_an_elastic_task_adds_its_file(tmp_path: Path) -> None:
+    pytest.importorskip("flytekit")
+    file = tmp_path / "elastic_ranks.py"
+    file.write_text(textwrap.dedent(ELASTIC))
+    run = Flyte1(file, "work", {}, str(tmp_path / "checkpoints"), tmp_path)
+    assert run.run(retries=1) == 41
