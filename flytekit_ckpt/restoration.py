@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flytekit_ckpt import storage
-from flytekit_ckpt.entries import Entry, stream_entry, unpack
+from flytekit_ckpt.entries import Entry, stream_entry
 from flytekit_ckpt.errors import CheckpointError, StorageError
 from flytekit_ckpt.layout import Event, Payload, Tree, naming
 from flytekit_ckpt.storage import Settings
+from flytekit_ckpt.unpacking import unpack
 
 
 def restore(

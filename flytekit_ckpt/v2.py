@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from flytekit_ckpt import layout, restoration, storage, termination
 from flytekit_ckpt.carry import Carry
-from flytekit_ckpt.entries import file_chunks, folder_size, scan_folder
+from flytekit_ckpt.files import file_chunks
+from flytekit_ckpt.folders import folder_size, scan_folder
 from flytekit_ckpt.locks import ForkSafeLock, Queue
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback, Chunk

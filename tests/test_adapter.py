@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flytekit_ckpt import archive, layout, storage
-from flytekit_ckpt.adapter import merge
 from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.checkpointer import SyncCheckpoint
-from flytekit_ckpt.entries import Entry, in_part, scan_folder
+from flytekit_ckpt.entries import Entry, in_part
+from flytekit_ckpt.folders import scan_folder
+from flytekit_ckpt.merging import merge
 from flytekit_ckpt.pipeline import Range
 from flytekit_ckpt.storage import StoredObject
 from tests.conftest import Place
@@ -32,8 +33,8 @@ def packed(items: Iterator[Entry | Unit], old: bytes, small: int = 8000) -> tupl
     """Pack with tiny members, of three entries or so, so that small trees have several units."""
     units: list[Unit] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archive, "MEMBER_SIZE", small)
-        patch.setattr(archive, "LARGE_ENTRY", small // 4)
+        patch.setattr(archive.packing, "MEMBER_SIZE", small)
+        patch.setattr(archive.packing, "LARGE_ENTRY", small // 4)
         chunks = [
             old[chunk.start : chunk.start + chunk.length] if isinstance(chunk, Range) else chunk
             for chunk in archive.pack(items, record=units.append)

@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 
 from flytekit_ckpt import archive
 from flytekit_ckpt import members as gzip_members
-from flytekit_ckpt.entries import scan_folder, stream_entry, unpack
+from flytekit_ckpt.entries import stream_entry
 from flytekit_ckpt.errors import CorruptCheckpointError
+from flytekit_ckpt.folders import scan_folder
 from flytekit_ckpt.recognition import Kind, recognise
+from flytekit_ckpt.unpacking import unpack
 from tests.trees import Tree, look, make, trees
 
 modestly = settings(
@@ -108,7 +110,7 @@ def test_every_member_states_its_length_inflates_alone_and_is_small(tmp_path: Pa
 
 
 def test_a_large_entry_starts_a_member_and_small_ones_share_one(tmp_path: Path) -> None:
-    large = random.Random(2).randbytes(archive.LARGE_ENTRY)
+    large = random.Random(2).randbytes(archive.packing.LARGE_ENTRY)
     source = make(tmp_path / "source", {"a": b"1", "b": b"2", "c": large, "d": b"3", "e": large, "f": b"4"})
     units: list[archive.Unit] = []
     content = b"".join(c for c in archive.pack(scan_folder(source), record=units.append) if isinstance(c, bytes))
@@ -154,7 +156,7 @@ def test_equal_folders_give_equal_archives_whatever_the_number_of_threads(
     source = make(tmp_path / "source", {"a": noise, "b": bytes(5_000_000), "c": b"1"})
     contents = set()
     for threads in (1, 2, 8):
-        monkeypatch.setattr(archive, "processors", lambda threads=threads: threads)
+        monkeypatch.setattr(archive.packing, "processors", lambda threads=threads: threads)
         contents.add(ours(source))
     assert len(contents) == 1
 
@@ -163,12 +165,12 @@ ENGINES = """
 import sys
 from pathlib import Path
 sys.modules.update(dict.fromkeys(sys.argv[1].split()))
-from flytekit_ckpt import archive, entries, members
+from flytekit_ckpt import archive, folders, members, unpacking
 assert members.deflate.__name__ == ("zlib" if "isal" in sys.argv[1].split() else "isal.isal_zlib")
 source, made, other, target = map(Path, sys.argv[2:])
-made.write_bytes(b"".join(archive.pack(entries.scan_folder(source))))
+made.write_bytes(b"".join(archive.pack(folders.scan_folder(source))))
 if other.exists():
-    entries.unpack(archive.read([other.read_bytes()]), target)
+    unpacking.unpack(archive.read([other.read_bytes()]), target)
 """
 
 
@@ -421,7 +423,7 @@ def test_headers_are_those_that_tarfile_makes(
         wanted = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return
-    assert without_device(archive._tar_header(info)) == without_device(wanted)
+    assert without_device(archive.packing._tar_header(info)) == without_device(wanted)
 
 
 def without_device(header: bytes) -> list[bytes]:

@@ -18,8 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from flytekit_ckpt import archive
-from flytekit_ckpt.entries import Entry, FileWriter, scan_folder, stream_entry, unpack
+from flytekit_ckpt.entries import Entry, stream_entry
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from flytekit_ckpt.files import FileWriter
+from flytekit_ckpt.folders import scan_folder
+from flytekit_ckpt.unpacking import unpack
 from tests.trees import Tree, look, make, trees
 
 modestly = settings(

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from flytekit_ckpt.entries import FileWriter
 from flytekit_ckpt.errors import StorageError
+from flytekit_ckpt.files import FileWriter
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
 from flytekit_ckpt.storage import slots
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError

@@ -12,7 +12,7 @@ import flyte
 import pytest
 
 from flytekit_ckpt import SyncCheckpoint, v2
-from flytekit_ckpt.archive import LARGE_ENTRY
+from flytekit_ckpt.archive.packing import LARGE_ENTRY
 from flytekit_ckpt.members import MEMBER_SIZE
 from tests.conftest import Place
 from tests.trees import Tree, look, make

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flytekit_ckpt import archive, layout, members, restoration, state
-from flytekit_ckpt.entries import scan_folder
 from flytekit_ckpt.errors import CheckpointError
+from flytekit_ckpt.folders import scan_folder
 from flytekit_ckpt.storage import Settings
 from tests import tars
 from tests.trees import Tree as Description

@@ -19,7 +19,7 @@ import atheris
 with atheris.instrument_imports(include=["flytekit_ckpt", "tarfile"]):
     import tarfile  # noqa: F401 - instrumented: it reads the headers
 
-    from flytekit_ckpt import archive, entries, layout, state  # noqa: F401
+    from flytekit_ckpt import archive, entries, layout, state, unpacking  # noqa: F401
 
 from tests import limits
 from tests.fuzz.check import LARGEST_FILE, check

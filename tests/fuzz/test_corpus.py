@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flytekit_ckpt import entries, members, restoration
+from flytekit_ckpt import members, restoration, unpacking
 from flytekit_ckpt.errors import CorruptCheckpointError
 from tests import limits
 from tests.fuzz import check, corpus
@@ -80,13 +80,13 @@ def test_a_refusal_that_leaves_something_is_a_finding(monkeypatch: pytest.Monkey
 
 
 def test_an_error_that_is_not_documented_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries.os, "utime", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(unpacking.os, "utime", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check.load(ours(file("a") + END))
 
 
 def test_a_link_that_leads_out_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "_stays_inside", lambda *_: True)
+    monkeypatch.setattr(unpacking, "stays_inside", lambda *_: True)
     with pytest.raises(AssertionError, match="leads out"):
         check.load(ours(link("l", "../outside") + END))
 

@@ -1,41 +1,28 @@
-"""Entries as a gzip-compressed tar: entries in, chunks of bytes out, and back.
-
-Nothing here knows a URI. An archive is produced and consumed as an iterator of chunks, so that packing and uploading
-(or downloading and unpacking) overlap and neither an archive nor a large file is ever in memory.
+"""Entries packed into an archive: entries in, chunks of bytes out.
 
 The gzip file is made of many members (`flytekit_ckpt.members`). They belong to units: a large entry is a unit of its
-own, small ones share one. A unit's members can be carried from one archive into the next as they are.
+own, small ones share one. A unit's members can be carried over from one archive into the next as they are.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import struct
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import IO, TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from flytekit_ckpt.entries import Entry, OpenFile, safe_name
-from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from flytekit_ckpt.members import MEMBER_SIZE, ByteStream, inflated, member
-from flytekit_ckpt.pipeline import CHUNK_SIZE, MEMORY_BUDGET, Chunk, Range, in_order, processors
+from flytekit_ckpt.entries import Entry
+from flytekit_ckpt.errors import CheckpointError
+from flytekit_ckpt.files import OpenFile
+from flytekit_ckpt.members import MEMBER_SIZE, member
+from flytekit_ckpt.pipeline import MEMORY_BUDGET, Range, in_order, processors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from typing_extensions import Self
-
 LARGE_ENTRY = MEMBER_SIZE // 4
 """Bytes of content from which on an entry has members of its own."""
-
-HEADER_LIMIT = 4 << 20
-"""Bytes that all the headers of one entry may take: they are in memory as a whole, and an attacker's are any size."""
-
-
-LINK_LIMIT = 4096
-"""Characters of what a link leads to, which no system takes more of; links are made last, all of them."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +44,6 @@ class Unit:
     parts: frozenset[str]
     start: int
     length: int
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def pack(
@@ -287,145 +269,3 @@ class _Packer:
         data = member(view)
         self._spare.append(buffer)
         return plan, data
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-_END_OF_ARCHIVE: type[tarfile.HeaderError] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """Takes nothing but the end marker for the end; tarfile takes any damaged header for it."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
-            if isinstance(error, _END_OF_ARCHIVE):
-                raise
-            message = f"an entry's header is damaged or missing ({error})"
-            raise CorruptCheckpointError(message) from error
-
-
-class _Headers:
-    """What tarfile reads of an archive, as the file that it asks for; nobody else reads headers."""
-
-    def __init__(self, stream: ByteStream) -> None:
-        self._stream = stream
-        self.left = HEADER_LIMIT
-
-    def read(self, size: int, /) -> bytes:
-        self.left -= size
-        if size < 0 or self.left < 0:
-            message = f"an entry's headers are damaged, or larger than {HEADER_LIMIT} bytes"
-            raise CorruptCheckpointError(message)
-        return b"".join(self._stream.pieces(size))
-
-    def tell(self) -> int:
-        return self._stream.position
-
-
-def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[Entry]:
-    """Read an archive made by anyone, in any compression that tarfile opens.
-
-    Everything that carries a checksum is verified, up to the archive's very end, before the iterator is exhausted.
-
-    Parameters
-    ----------
-    chunks : iterable of bytes
-        The archive.
-    memory : int
-        Bytes that what is being inflated may take.
-
-    Yields
-    ------
-    Entry
-        With a name that is relative and free of `.` and `..`; a file, folder, link or hard link.
-
-    Raises
-    ------
-    CorruptCheckpointError
-        If the archive is damaged or truncated.
-    UnsafeCheckpointError
-        If an entry lies outside the archive's folder, or is a device or a fifo.
-    """
-    stream = ByteStream(inflated(iter(chunks), memory))
-    headers = _Headers(stream)
-    with _damage_reported():
-        tar = tarfile.TarFile(fileobj=cast("IO[bytes]", headers), tarinfo=_StrictTarInfo, errorlevel=2)
-    members = iter(tar)
-    while True:
-        # Those that hold for every entry that follows stay in memory.
-        headers.left = HEADER_LIMIT - sum(map(len, tar.pax_headers.values()))
-        with _damage_reported():
-            info = next(members, None)
-        if info is None:
-            break
-        following = tar.offset
-        # tarfile would remember every entry of the archive.
-        tar.members.clear()  # type: ignore[attr-defined]
-        if info.size < 0 or "\0" in info.name or "\0" in info.linkname or len(info.linkname) > LINK_LIMIT:
-            message = f"the header of its entry {info.name!r} is damaged"
-            raise CorruptCheckpointError(message)
-        info.name = safe_name(info.name)
-        if not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
-            message = f"its entry {info.name!r} is a device or a fifo"
-            raise UnsafeCheckpointError(message)
-        if info.islnk():
-            info.linkname = safe_name(info.linkname)
-        if info.name:
-            yield Entry(info, functools.partial(_content, stream, info))
-        _skip(stream, following)
-    for _ in stream.rest():
-        # What follows the end marker is only verified.
-        pass
-
-
-def _skip(stream: ByteStream, position: int) -> None:
-    """Pass over what nobody has read of an entry's content, and over its padding."""
-    for _ in stream.pieces(position - stream.position):
-        pass
-    if stream.position != position:
-        message = "it is truncated: an entry's content ends in the middle"
-        raise CorruptCheckpointError(message)
-
-
-def _content(stream: ByteStream, info: tarfile.TarInfo) -> Iterator[Chunk]:
-    if not info.isreg():
-        return
-    if stream.position != info.offset_data:
-        message = f"the content of {info.name!r} can be read once only, before the next entry"
-        raise RuntimeError(message)
-    # Only GNU tar makes sparse entries: pairs of where some bytes go and how many, zeros between them.
-    # The stubs have the type of one number.
-    sparse = cast("list[tuple[int, int]] | None", info.sparse)
-    extents = [(0, info.size)] if sparse is None else [extent for extent in sparse if extent[1]]
-    done = 0
-    for start, size in [*extents, (info.size, 0)]:
-        if start < done or size < 0:
-            message = f"the parts of {info.name!r} overlap"
-            raise CorruptCheckpointError(message)
-        for position in range(done, start, CHUNK_SIZE):
-            yield bytes(min(CHUNK_SIZE, start - position))
-        done = start
-        for piece in stream.pieces(size):
-            done += len(piece)
-            yield piece
-    if done != info.size:
-        message = f"the content of {info.name!r} ends in the middle: it is truncated"
-        raise CorruptCheckpointError(message)
-
-
-@contextlib.contextmanager
-def _damage_reported() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (tarfile.TarError, ValueError, ArithmeticError, EOFError, LookupError, RecursionError) as error:
-        message = f"it is damaged or truncated ({error})"
-        raise CorruptCheckpointError(message) from error

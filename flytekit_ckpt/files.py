@@ -1,0 +1,90 @@
+"""Local files as chunks: read by several threads, written and sent on to the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from flytekit_ckpt.errors import CheckpointError
+from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk
+
+FLUSH_SIZE = 8 << 20
+"""Bytes after which a file that is being written is sent on to the disk."""
+
+
+class OpenFile:
+    """A regular file that several threads read at once, closed when the last of them lets go of it.
+
+    A file that is replaced while it is being saved is saved as it was, and not a mixture.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            message = f"{path} was removed while it was being saved: save again"
+            raise CheckpointError(message) from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer from the file's `offset` on; a file that has fewer bytes by now is a `CheckpointError`."""
+        while buffer:
+            count = os.preadv(self._descriptor, [buffer], offset)
+            if not count:
+                raise self._shrank(offset)
+            buffer = buffer[count:]
+            offset += count
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Read at least one byte and at most `size` of them from the file's `offset` on, as `read_into` does."""
+        content = os.pread(self._descriptor, size, offset)
+        if not content:
+            raise self._shrank(offset)
+        return content
+
+    def _shrank(self, size: int) -> CheckpointError:
+        return CheckpointError(f"{self._path} shrank to {size} bytes while it was being saved: save again")
+
+
+def file_chunks(path: Path, size: int) -> Iterator[bytes]:
+    """Read exactly `size` bytes of a file; a file that has fewer by now is a `CheckpointError`."""
+    file = OpenFile(path)
+    done = 0
+    while done < size:
+        chunk = file.read(min(CHUNK_SIZE, size - done), done)
+        done += len(chunk)
+        yield chunk
+
+
+class FileWriter:
+    """Writes chunks to a new file, one after the other, and has the system send them on to the disk.
+
+    So they neither pile up in memory, which a container may have little of, nor are all waited for at the end.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._written = 0
+        self._flushed = 0
+
+    def __call__(self, chunk: Chunk) -> int:
+        """Write a whole chunk; returns its size in bytes."""
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        return self.written(len(chunk))
+
+    def written(self, size: int) -> int:
+        """Take note of bytes that have been appended to the file; returns their number."""
+        self._written += size
+        length = self._written - self._flushed
+        if length >= FLUSH_SIZE and hasattr(os, "posix_fadvise"):
+            # Linux begins to write what is not on the disk yet, and drops from its cache only what is.
+            os.posix_fadvise(self._descriptor, self._flushed, length, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written
+        return size

@@ -1,0 +1,49 @@
+"""What a checkpoint's bytes mean: a payload, a tree, or a folder that flytekit 1 left.
+
+A payload is an object that holds the saved bytes as they are, a tree one that holds a gzip-compressed tar: both are
+what Flyte 2 reads and writes. Payloads that a reader would take for something else are wrapped, that is stored as a
+tree whose one member, `payload`, is marked.
+"""
+
+from flytekit_ckpt.layout.destination import copy, is_linked, link, look
+from flytekit_ckpt.layout.places import not_into_itself
+from flytekit_ckpt.layout.reading import get, get_unit
+from flytekit_ckpt.layout.shapes import (
+    LEGACY_PAYLOAD_NAME,
+    OBJECT_NAME,
+    PAYLOAD_NAME,
+    Event,
+    Payload,
+    Tree,
+    as_bytes,
+    log_nothing,
+    named_source,
+    naming,
+    not_savable,
+)
+from flytekit_ckpt.layout.writing import PutOptions, put_payload, put_tree, sized
+
+__all__ = [
+    "LEGACY_PAYLOAD_NAME",
+    "OBJECT_NAME",
+    "PAYLOAD_NAME",
+    "Event",
+    "Payload",
+    "PutOptions",
+    "Tree",
+    "as_bytes",
+    "copy",
+    "get",
+    "get_unit",
+    "is_linked",
+    "link",
+    "log_nothing",
+    "look",
+    "named_source",
+    "naming",
+    "not_into_itself",
+    "not_savable",
+    "put_payload",
+    "put_tree",
+    "sized",
+]

@@ -1,0 +1,125 @@
+"""A destination before something is saved or carried forward to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from flytekit_ckpt import storage
+from flytekit_ckpt.layout.loose import local_folder, remote_folder
+from flytekit_ckpt.layout.places import located, written_uri
+from flytekit_ckpt.layout.reading import get, meaning
+from flytekit_ckpt.layout.shapes import CARRIED, Payload, Tree, naming
+from flytekit_ckpt.layout.writing import PutOptions, put_payload, put_tree
+from flytekit_ckpt.storage import Settings
+
+
+def look(
+    uri: str, settings: Settings, is_carried: Callable[[storage.Written], bool]
+) -> tuple[storage.Written | None, Payload | Tree | None]:
+    """Look what is at a destination before something is added to it.
+
+    Parameters
+    ----------
+    uri : str
+        The object.
+    settings : Settings
+        How it is reached.
+    is_carried : callable
+        Tells whether an object was only carried forward.
+
+    Returns
+    -------
+    Written or None
+        The object that is to be replaced.
+    Payload, Tree or None
+        What has been saved there, in this package's format or in flytekit's.
+    """
+    target = storage.at(written_uri(uri), settings)
+    # A limit is for what is restored.
+    settings = replace(settings, restore_limit=None)
+    while True:
+        state = target.state()
+        if state.object is None:
+            path = storage.local_path(uri)
+            if path is not None and path.is_dir():
+                return None, local_folder(path)
+            return None, remote_folder(uri, settings) if state.has_files else None
+        if CARRIED in state.metadata or is_carried(state.object):
+            return state.object, None
+        stored = target.get()
+        # Unless somebody has removed it in between.
+        if stored is not None:
+            with naming(uri):
+                found = meaning(target.uri, stored, stored.chunks, settings)
+            return storage.Written(stored.size, stored.version), found
+
+
+def link(source: str, destination: str, settings: Settings) -> bool:
+    """Carry a checkpoint forward as `copy` does, if that takes no time; returns whether it did."""
+    path, is_folder = located(source)
+    if path is None or is_folder or storage.local_path(destination) is None:
+        return False
+    target = _vacant(destination, settings)
+    return target is not None and storage.at(str(path), settings).link_to(target, _MARK)
+
+
+def is_linked(source: str, destination: str) -> bool:
+    """Tell whether a destination is one and the same file as its source, which it was carried forward from."""
+    theirs, ours = located(source)[0], storage.local_path(written_uri(destination))
+    try:
+        return theirs is not None and ours is not None and os.path.samefile(theirs, ours)
+    except OSError:
+        return False
+
+
+def copy(source: str, destination: str, settings: Settings, given_up: Callable[[], bool]) -> storage.Written | None:
+    """Carry a checkpoint forward, unless something is at the destination; what flytekit 1 left becomes one object.
+
+    Parameters
+    ----------
+    source, destination : str
+        URIs.
+    settings : Settings
+        How both are reached.
+    given_up : callable
+        Asked again and again whether to leave it, which raises `storage.GivenUpError`.
+
+    Returns
+    -------
+    Written or None
+        The copy; `None` if there was nothing to copy, or no room for it.
+    """
+    target = _vacant(destination, settings)
+    if target is None:
+        return None
+    path, is_folder = located(source)
+    item = storage.at(source if path is None else str(path), settings)
+    if not is_folder and item.exists():
+        return item.copy_to(target, given_up, _MARK)
+    found = get(source, replace(settings, restore_limit=None))
+
+    def step() -> None:
+        if given_up():
+            raise storage.GivenUpError
+
+    options = PutOptions(None, step, _MARK)
+    if isinstance(found, Payload):
+        return put_payload(destination, found.chunks, settings, size=found.size, options=options)
+    if isinstance(found, Tree):
+        return put_tree(destination, found.entries, settings, size=lambda: 0, options=options)[0]
+    return None
+
+
+_MARK = {CARRIED: "yes"}
+
+
+def _vacant(destination: str, settings: Settings) -> storage.StoredObject | None:
+    """Give the object to write, if there is nothing at its URI yet."""
+    target = storage.at(written_uri(destination), settings)
+    state = target.state()
+    local = storage.local_path(destination)
+    if state.object is not None or state.has_files or (local is not None and local.is_dir() and any(local.iterdir())):
+        return None
+    return target

@@ -1,0 +1,40 @@
+"""Which object or folder a URI means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flytekit_ckpt import storage
+from flytekit_ckpt.folders import Exclude
+from flytekit_ckpt.layout.shapes import OBJECT_NAME
+
+
+def written_uri(uri: str) -> str:
+    """The object to write: inside a local destination that is a folder, else the URI itself."""
+    path = storage.local_path(uri)
+    return str(path / OBJECT_NAME) if path is not None and path.is_dir() else uri
+
+
+def not_into_itself(uri: str) -> Exclude:
+    """Exclude the object at a URI, and what is being written for it, from a folder that is saved there."""
+    written = storage.local_path(written_uri(uri))
+
+    def reason(path: Path) -> str | None:
+        assert written is not None
+        is_object = path.name == written.name
+        if not is_object and not storage.is_temporary(path.name, written):
+            return None
+        if os.path.realpath(path.parent) != os.path.realpath(written.parent):
+            return None
+        return "it is what the checkpoint itself is saved to" if is_object else ""
+
+    return (lambda _: None) if written is None else reason
+
+
+def located(uri: str) -> tuple[Path | None, bool]:
+    """Return the local path to read, if it is one, and whether that is a folder of loose files."""
+    path = storage.local_path(uri)
+    if path is None or not path.is_dir():
+        return path, False
+    return (path / OBJECT_NAME, False) if (path / OBJECT_NAME).is_file() else (path, True)

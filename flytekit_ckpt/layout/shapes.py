@@ -1,0 +1,131 @@
+"""The shapes that a checkpoint has, what they are called, and what is logged and said of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flytekit_ckpt import storage
+from flytekit_ckpt.entries import Entry
+from flytekit_ckpt.errors import CorruptCheckpointError
+from flytekit_ckpt.pipeline import Callback, Chunk
+
+logger = logging.getLogger("flytekit_ckpt")
+
+PAYLOAD_NAME = "payload"
+"""File that a payload loads to in the new face, and the member that holds a wrapped one."""
+
+LEGACY_PAYLOAD_NAME = "_dst_cp"
+"""File that flytekit keeps written bytes in."""
+
+OBJECT_NAME = "_flytecheckpoints"
+"""Name of the object inside a local destination that is a folder."""
+
+# What is kept as an object's metadata, where the storage keeps any: the shape, and the CRC-32 of a payload's bytes.
+SHAPE = "shape"
+CRC32 = "crc32"
+# That an object was only carried forward: whoever saves replaces it.
+CARRIED = "carried"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Bytes that were saved as they are: their number, and themselves."""
+
+    size: int
+    chunks: Iterator[Chunk]
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A saved set of files, folders and links; each can be read before the next is asked for."""
+
+    entries: Iterator[Entry]
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the log record of a save or a restore carries as its `checkpoint` attribute.
+
+    Attributes
+    ----------
+    operation : str
+        `"saved"` or `"restored"`.
+    shape : str
+        `"payload"` or `"tree"`, `"nothing"` if there was no checkpoint.
+    size : int
+        Bytes of the object as stored (restored: of the payload, or of the tree's files).
+    seconds : float
+    uri : str
+        The object, without credentials.
+    """
+
+    operation: str
+    shape: str
+    size: int
+    seconds: float
+    uri: str
+
+    def log(self) -> None:
+        message = "%s %s, %d bytes in %.3f s: %s"
+        arguments = (self.operation, self.shape, self.size, self.seconds, self.uri)
+        logger.info(message, *arguments, extra={"checkpoint": self})
+
+
+def named_source(checkpoint_src: str | None) -> str | None:
+    """Return the source that a platform names, `None` for the ways in which it says that there is none."""
+    source = "" if checkpoint_src is None else os.fspath(checkpoint_src).strip().strip('"').strip()
+    return source or None
+
+
+def as_bytes(content: object) -> bytes:
+    """Return what is bytes-like as bytes; anything else is a `TypeError`."""
+    if isinstance(content, bytes):
+        return content
+    try:
+        return memoryview(content).tobytes()  # type: ignore[arg-type]
+    except TypeError as error:
+        message = f"a checkpoint is bytes or a path, not {type(content).__name__}"
+        raise TypeError(message) from error
+
+
+def not_savable(path: Path) -> Exception:
+    """Make the error for a path that is neither a file nor a folder."""
+    if os.path.lexists(path):
+        return ValueError(f"cannot save {path} as a checkpoint: it is neither a file nor a folder")
+    return FileNotFoundError(errno.ENOENT, "there is nothing to save as a checkpoint", str(path))
+
+
+def reporting(chunks: Iterable[Chunk], callback: Callback) -> Iterator[Chunk]:
+    """Pass chunks on, and report their bytes to a progress callback."""
+    for chunk in chunks:
+        yield chunk
+        callback.relative_update(len(chunk))
+
+
+@contextlib.contextmanager
+def naming(uri: str) -> Iterator[None]:
+    """Put the URI, and what to do, into the error of a room that knows no URI."""
+    try:
+        yield
+    except CorruptCheckpointError as error:
+        message = str(error)
+        if storage.public(uri) in message:
+            raise
+        message = (
+            f"the checkpoint at {storage.public(uri)} cannot be used: {message}. "
+            "Nothing was restored; remove it to start afresh, or resume from an earlier one"
+        )
+        raise type(error)(message) from error
+
+
+def log_nothing(uri: str) -> None:
+    """Log that a restore found no checkpoint."""
+    Event("restored", "nothing", 0, 0.0, storage.public(uri)).log()
