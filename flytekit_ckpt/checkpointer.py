@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from flytekit_ckpt import adapter, layout, restoration, storage, termination
-from flytekit_ckpt.carry import Carry
+from flytekit_ckpt.carry_forward import CarryForward
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback
@@ -78,7 +78,7 @@ class SyncCheckpoint(Checkpoint):
         Bytes that the files of the previous checkpoint may have to be restored; more is an `UnsafeCheckpointError`. As
         much as the disk has room for if not given.
     carry_forward : bool, keyword only, default True
-        Whether the previous checkpoint, once loaded, is copied to `checkpoint_dest` behind the caller, unless something
+        Whether the previous checkpoint, once loaded, is copied to `checkpoint_dest` in the background, unless something
         is there or is being saved: so that an attempt which dies before its first save does not lose it.
 
     Examples
@@ -107,15 +107,17 @@ class SyncCheckpoint(Checkpoint):
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
         self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
-        self._carry = Carry(self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward)
-        self._destination = adapter.Destination(self._checkpoint_dest, self._settings, self._carry.has_carried)
+        self._carry_forward = CarryForward(
+            self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward
+        )
+        self._destination = adapter.Destination(self._checkpoint_dest, self._settings, self._carry_forward.has_carried)
         self._temporary: Path | None = None
         self._restored: Path | None = None
         self._restored_names: list[str] = []
         self._was_read = False
         self._content: bytes | None = None
         self._lock = ForkSafeLock()
-        self._carry.close_with(self)
+        self._carry_forward.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it restores anew, and goes on with what has been saved.
@@ -124,7 +126,7 @@ class SyncCheckpoint(Checkpoint):
 
     def close(self) -> None:
         """Wait until what was loaded has been carried forward, and remove the temporary folder; done by `with` too."""
-        self._carry.close()
+        self._carry_forward.close()
         with self._lock:
             if self._temporary is not None:
                 restoration.remove_tree(self._temporary)
@@ -150,7 +152,7 @@ class SyncCheckpoint(Checkpoint):
         path : pathlib.Path or str, optional
             An existing folder to restore into; a temporary one, kept as long as this instance, if not given.
         callback : fsspec.callbacks.Callback, keyword only, optional
-            Told of the object's bytes as they arrive.
+            Progress callback, called with the object's bytes as they arrive.
 
         Returns
         -------
@@ -186,7 +188,7 @@ class SyncCheckpoint(Checkpoint):
                 self._checkpoint_src, found, self.TMP_DST_PATH, folder, self._settings
             )
             self._restored = folder
-            self._carry.begin()
+            self._carry_forward.begin()
             return folder
 
     def save(self, cp: Path | str | io.BufferedReader, *, callback: Callback | None = None) -> None:
@@ -200,7 +202,7 @@ class SyncCheckpoint(Checkpoint):
         cp : pathlib.Path, str or binary reader
             A file, a folder, or a reader, which is read from its position to its end and left open.
         callback : fsspec.callbacks.Callback, keyword only, optional
-            Told of the bytes of the files as they are stored.
+            Progress callback, called with the bytes of the files as they are stored.
 
         Raises
         ------
@@ -275,7 +277,7 @@ class SyncCheckpoint(Checkpoint):
                 return None
             self._was_read = True
             content = adapter.read_single(self._checkpoint_src, found)
-            self._carry.begin()
+            self._carry_forward.begin()
             if content is not None and len(content) <= KEPT_SIZE:
                 self._content = content
             return content
@@ -305,5 +307,5 @@ class SyncCheckpoint(Checkpoint):
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        with termination.saving(), self._carry.making_way():
+        with termination.saving(), self._carry_forward.paused():
             yield

@@ -129,7 +129,7 @@ def _flyte_attempt(task: Any) -> _Attempt | None:
 
 
 def _of_flytekit() -> Checkpoint | None:
-    """The checkpoint that flytekit was told of, in its container or its local sandbox."""
+    """The checkpoint that flytekit was given, in its container or its local sandbox."""
     if sys.modules.get("flytekit") is None:
         return None
     import flytekit
@@ -230,7 +230,7 @@ class _Change(NamedTuple):
 
 _installed: list[bool] = []
 
-# Modules whose import will be told of.
+# Modules whose import hook is registered.
 _awaited: set[str] = set()
 
 # By the owner, a module or a class, and the name.

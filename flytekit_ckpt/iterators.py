@@ -63,7 +63,7 @@ class IteratorCheckpoint:
     handler : object, optional
         What stores the states; a `StateHandler` if not given.
     async_checkpointing : bool, default False
-        Whether saving is done behind the caller; see `StateHandler`, which it is passed to.
+        Whether states are saved in the background; see `StateHandler`, which it is passed to.
     storage_options : mapping, keyword only, optional
         Keyword arguments of the fsspec filesystem; passed to `StateHandler` too.
 
@@ -211,7 +211,7 @@ class IteratorCheckpoint:
         return self.get_latest_step() is not None
 
     def wait_until_finished(self) -> None:
-        """Wait for what is being saved behind the caller, and raise what failed."""
+        """Wait for the background saves, and raise what failed."""
         self.handler.wait_until_finished()
 
 
@@ -240,7 +240,7 @@ class PipelineCheckpoint(IteratorCheckpoint):
 
 
 class StateDictIterator:
-    """Gives what has `state_dict` and `load_state_dict` the methods that are asked for here.
+    """Gives what has `state_dict` and `load_state_dict` the methods of a `CheckpointableIterator`.
 
     For example torchdata's `StatefulDataLoader`: `checkpoint.save_to_directory(StateDictIterator(loader), step)`.
     PyTorch's tensors in the state come back as tensors.

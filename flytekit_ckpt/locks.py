@@ -43,22 +43,22 @@ class Queue:
 
     def _renew(self) -> None:
         self._changed = threading.Condition()
-        self._places: deque[object] = deque()
+        self._tickets: deque[object] = deque()
 
     def __reduce__(self) -> tuple[type[Queue], tuple[()]]:
         return Queue, ()
 
     def line_up(self) -> object:
-        """Take a place at the end; whoever takes one has to `leave` it."""
-        place = object()
+        """Take a ticket, the last one; whoever takes one has to `leave` the queue with it."""
+        ticket = object()
         with self._changed:
-            self._places.append(place)
-        return place
+            self._tickets.append(ticket)
+        return ticket
 
-    def wait_for(self, place: object, cancelled: threading.Event) -> None:
-        """Wait until a place is the first, or its owner is told by `cancel` that it need not wait."""
+    def wait_for(self, ticket: object, cancelled: threading.Event) -> None:
+        """Wait until a ticket is the first one, or `cancel` is called with this event."""
         with self._changed:
-            self._changed.wait_for(lambda: cancelled.is_set() or self._places[0] is place)
+            self._changed.wait_for(lambda: cancelled.is_set() or self._tickets[0] is ticket)
 
     def cancel(self, cancelled: threading.Event) -> None:
         """Have whoever waits with this event wait no longer."""
@@ -66,12 +66,12 @@ class Queue:
             cancelled.set()
             self._changed.notify_all()
 
-    def leave(self, place: object) -> None:
-        """Give a place up, wherever in the queue it is."""
+    def leave(self, ticket: object) -> None:
+        """Leave the queue, from wherever in it."""
         with self._changed:
             # Not in a process that was forked meanwhile.
             with contextlib.suppress(ValueError):
-                self._places.remove(place)
+                self._tickets.remove(ticket)
             self._changed.notify_all()
 
 

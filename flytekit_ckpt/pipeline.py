@@ -29,7 +29,7 @@ class Range:
 
 
 class Callback(Protocol):
-    """What is asked of an fsspec callback (`fsspec.callbacks.Callback`, or `TqdmCallback`)."""
+    """A progress callback: the part used here of fsspec's (`fsspec.callbacks.Callback`, or `TqdmCallback`)."""
 
     def set_size(self, size: int) -> object:
         """Take the bytes that there are to move."""

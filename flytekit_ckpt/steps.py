@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from flytekit_ckpt import layout, state, storage, termination
-from flytekit_ckpt.background import Behind
+from flytekit_ckpt.background_saves import BackgroundSaves
 from flytekit_ckpt.entries import stream_entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError
 from flytekit_ckpt.options import StorageOptions
@@ -45,7 +45,7 @@ class StateHandler:
     Parameters
     ----------
     async_checkpointing : bool, default False
-        Whether saving is done behind the caller, in order. The state is taken at the call; what fails is raised by the
+        Whether states are saved in the background, in order. The state is taken at the call; an error is raised by the
         next call or by `wait_until_finished`. While two states are being saved, a third one waits. A process that ends
         normally finishes first.
     storage_options : mapping, keyword only, optional
@@ -72,7 +72,7 @@ class StateHandler:
     ) -> None:
         self.async_checkpointing = async_checkpointing
         self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
-        self._behind = Behind() if async_checkpointing else None
+        self._background = BackgroundSaves() if async_checkpointing else None
 
     def save_to_directory(
         self,
@@ -122,7 +122,7 @@ class StateHandler:
         base = os.path.abspath(base) if storage.local_path(base) == Path(base) else base
         target_uri = _join(base, name)
         taken = target.get_state() if isinstance(target, CheckpointableIterator) else target
-        copied = self._behind is not None
+        copied = self._background is not None
         files = state.encode(taken, "state", "state", copied=copied)
         files += state.encode(dict(metadata or {}), "metadata", "metadata", copied=copied)
 
@@ -138,11 +138,11 @@ class StateHandler:
                     if old != step:
                         self._at(_join(base, f"ckpt-{old}")).remove()
 
-        if self._behind is None:
+        if self._background is None:
             with termination.saving():
                 save()
         else:
-            self._behind.do(save)
+            self._background.do(save)
         return uri
 
     def restore(
@@ -205,14 +205,14 @@ class StateHandler:
         return {step: _join(base, f"ckpt-{step}") for step in _steps(self._at(base).names())}
 
     def wait_until_finished(self) -> None:
-        """Wait for what is being saved behind the caller, and raise what failed."""
-        if self._behind is not None:
-            self._behind.wait()
+        """Wait for the background saves, and raise what failed."""
+        if self._background is not None:
+            self._background.wait()
 
     def close(self) -> None:
         """Finish what is being saved, and end the thread that does it."""
-        if self._behind is not None:
-            self._behind.close()
+        if self._background is not None:
+            self._background.close()
 
     def __enter__(self) -> StateHandler:
         return self

@@ -14,7 +14,7 @@ from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
 from flytekit_ckpt import layout, restoration, storage, termination
-from flytekit_ckpt.carry import Carry
+from flytekit_ckpt.carry_forward import CarryForward
 from flytekit_ckpt.files import file_chunks
 from flytekit_ckpt.folders import folder_size, scan_folder
 from flytekit_ckpt.locks import ForkSafeLock, Queue
@@ -80,7 +80,7 @@ class Checkpoint(BaseCheckpoint):
         Bytes that the files of the previous checkpoint may have to be restored; more is an `UnsafeCheckpointError`. As
         much as the disk has room for if not given.
     carry_forward : bool, keyword only, default True
-        Whether the previous checkpoint, once loaded, is copied to `checkpoint_dest` behind the caller, unless something
+        Whether the previous checkpoint, once loaded, is copied to `checkpoint_dest` in the background, unless something
         is there or is being saved: so that an attempt which dies before its first save does not lose it.
 
     Examples
@@ -106,12 +106,14 @@ class Checkpoint(BaseCheckpoint):
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
         self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
-        self._carry = Carry(self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward)
+        self._carry_forward = CarryForward(
+            self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward
+        )
         self._workspace: Path | None = None
         self._loaded: Path | None = None
         self._lock = ForkSafeLock()
         self._saves = Queue()
-        self._carry.close_with(self)
+        self._carry_forward.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it loads anew.
@@ -137,7 +139,7 @@ class Checkpoint(BaseCheckpoint):
 
     def close(self) -> None:
         """Wait until what was loaded has been carried forward, and remove the local folder; done by `with` too."""
-        self._carry.close()
+        self._carry_forward.close()
         with self._lock:
             if self._workspace is not None:
                 restoration.remove_tree(self._workspace)
@@ -164,11 +166,11 @@ class Checkpoint(BaseCheckpoint):
         stays.
         """
         loop, cancelled = asyncio.get_running_loop(), threading.Event()
-        place = self._saves.line_up()
+        ticket = self._saves.line_up()
         try:
-            saving = loop.run_in_executor(None, self._save_in_turn, place, data, callback, cancelled)
+            saving = loop.run_in_executor(None, self._save_in_turn, ticket, data, callback, cancelled)
         except BaseException:
-            self._saves.leave(place)
+            self._saves.leave(ticket)
             raise
         try:
             await asyncio.shield(saving)
@@ -188,7 +190,7 @@ class Checkpoint(BaseCheckpoint):
         Parameters
         ----------
         callback : fsspec.callbacks.Callback, keyword only, optional
-            Told of the object's bytes as they arrive.
+            Progress callback, called with the object's bytes as they arrive.
 
         Returns
         -------
@@ -214,13 +216,13 @@ class Checkpoint(BaseCheckpoint):
             restoration.restore(
                 self._checkpoint_src, found, layout.PAYLOAD_NAME, self.path, self._settings, emptied=True
             )
-            self._carry.begin()
+            self._carry_forward.begin()
             is_payload = isinstance(found, layout.Payload)
             self._loaded = PayloadPath(self.path / layout.PAYLOAD_NAME) if is_payload else self.path
             return self._loaded
 
     def save_sync(self, data: Savable, *, callback: Callback | None = None) -> None:
-        """Save this attempt's checkpoint in place of what it saved before.
+        """Save this attempt's checkpoint in ticket of what it saved before.
 
         Saves of one instance happen one after the other, in the order of the calls, `save` included.
 
@@ -229,7 +231,7 @@ class Checkpoint(BaseCheckpoint):
         data : path-like, str, bytes, bytearray or memoryview
             A folder, stored as a gzip-compressed tar of its entries; or a file or bytes, stored as they are.
         callback : fsspec.callbacks.Callback, keyword only, optional
-            Told of the bytes of the files as they are stored.
+            Progress callback, called with the bytes of the files as they are stored.
 
         Raises
         ------
@@ -245,16 +247,16 @@ class Checkpoint(BaseCheckpoint):
         self._save_in_turn(self._saves.line_up(), data, callback, threading.Event())
 
     def _save_in_turn(
-        self, place: object, data: Savable, callback: Callback | None, cancelled: threading.Event
+        self, ticket: object, data: Savable, callback: Callback | None, cancelled: threading.Event
     ) -> None:
         try:
-            self._saves.wait_for(place, cancelled)
+            self._saves.wait_for(ticket, cancelled)
             if not cancelled.is_set():
                 turn = storage.turn(self._checkpoint_dest, self._settings.timeout, cancelled.is_set)
-                with termination.saving(), self._carry.making_way(), turn as sign:
+                with termination.saving(), self._carry_forward.paused(), turn as sign:
                     self._save(data, callback, cancelled, sign)
         finally:
-            self._saves.leave(place)
+            self._saves.leave(ticket)
 
     def _save(
         self, data: Savable, callback: Callback | None, cancelled: threading.Event, sign: Callable[[], None]

@@ -174,7 +174,7 @@ def test_saves_from_threads_and_loops_come_one_after_the_other(tmp_path: Path) -
 
 def test_a_fork_does_not_wait_for_its_parents_saves(tmp_path: Path) -> None:
     checkpoint = Checkpoint(str(tmp_path / "checkpoint"))
-    place = checkpoint._saves.line_up()
+    ticket = checkpoint._saves.line_up()
     child = os.fork()
     if not child:
         checkpoint.save_sync(b"of the fork")
@@ -184,5 +184,5 @@ def test_a_fork_does_not_wait_for_its_parents_saves(tmp_path: Path) -> None:
         time.sleep(0.01)
     if not ended[0]:
         os.kill(child, 9)
-    checkpoint._saves.leave(place)
+    checkpoint._saves.leave(ticket)
     assert ended == (child, 0)

@@ -6,7 +6,7 @@ tree whose one member, `payload`, is marked.
 """
 
 from flytekit_ckpt.layout.destination import copy, is_linked, link, look
-from flytekit_ckpt.layout.places import not_into_itself
+from flytekit_ckpt.layout.locations import not_into_itself
 from flytekit_ckpt.layout.reading import get, get_unit
 from flytekit_ckpt.layout.shapes import (
     LEGACY_PAYLOAD_NAME,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from flytekit_ckpt import storage
+from flytekit_ckpt.layout.locations import located, written_uri
 from flytekit_ckpt.layout.loose import local_folder, remote_folder
-from flytekit_ckpt.layout.places import located, written_uri
 from flytekit_ckpt.layout.reading import get, meaning
 from flytekit_ckpt.layout.shapes import CARRIED, Payload, Tree, naming
 from flytekit_ckpt.layout.writing import PutOptions, put_payload, put_tree
@@ -84,7 +84,7 @@ def copy(source: str, destination: str, settings: Settings, given_up: Callable[[
     settings : Settings
         How both are reached.
     given_up : callable
-        Asked again and again whether to leave it, which raises `storage.GivenUpError`.
+        Called repeatedly; tells whether to leave it, which raises `storage.GivenUpError`.
 
     Returns
     -------

@@ -12,7 +12,7 @@ from flytekit_ckpt import storage
 from flytekit_ckpt.entries import Entry, safe_name, stream_entry
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.folders import scan_folder
-from flytekit_ckpt.layout.places import not_into_itself
+from flytekit_ckpt.layout.locations import not_into_itself
 from flytekit_ckpt.layout.shapes import LEGACY_PAYLOAD_NAME, OBJECT_NAME, Payload, Tree, reporting
 from flytekit_ckpt.pipeline import Callback, in_order
 from flytekit_ckpt.storage import Settings
@@ -61,7 +61,7 @@ def _remote_entries(files: Iterator[tuple[str, storage.StoredObject]], settings:
 
 
 def reporting_files(found: Payload | Tree | None, callback: Callback | None) -> Payload | Tree | None:
-    """Have a callback told of what is read of loose files; how much that will be, nobody knows before."""
+    """Report what is read of loose files to a progress callback; the total is not known beforehand."""
     if found is None or callback is None:
         return found
     if isinstance(found, Payload):

@@ -10,8 +10,8 @@ from flytekit_ckpt import archive, members, storage
 from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError, UnsafeCheckpointError
+from flytekit_ckpt.layout.locations import located, written_uri
 from flytekit_ckpt.layout.loose import local_folder, remote_folder, reporting_files
-from flytekit_ckpt.layout.places import located, written_uri
 from flytekit_ckpt.layout.shapes import CRC32, SHAPE, Payload, Tree, naming, reporting
 from flytekit_ckpt.pipeline import Callback, Chunk, Range
 from flytekit_ckpt.recognition import Kind, recognise
@@ -28,7 +28,7 @@ def get(uri: str, settings: Settings, callback: Callback | None = None) -> Paylo
     settings : Settings
         How it is reached.
     callback : fsspec callback, optional
-        Told of the object's bytes as they are read.
+        Progress callback, called with the object's bytes as they are read.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, stream_entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.files import file_chunks
-from flytekit_ckpt.layout.places import written_uri
+from flytekit_ckpt.layout.locations import written_uri
 from flytekit_ckpt.layout.shapes import CRC32, PAYLOAD_NAME, SHAPE, Event, reporting
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk, Range
 from flytekit_ckpt.recognition import Kind, recognise
@@ -37,7 +37,7 @@ class PutOptions:
     replaced : Written, None or ANYTHING
         What it may take the place of; if something else is there, `storage.ConflictError`.
     step : callable
-        Called again and again while it is stored; what it raises ends that, and leaves what was there.
+        Called repeatedly while it is stored; what it raises ends that, and leaves what was there.
     mark : mapping
         Added to the object's metadata.
     """
@@ -76,7 +76,7 @@ def put_payload(
     keep_archives : bool, default False
         Store archives and empty payloads raw too, as Flyte 2 does: it unpacks the ones and ignores the others.
     callback : fsspec callback, optional
-        Told of the payload's bytes.
+        Progress callback, called with the payload's bytes.
     options : PutOptions, optional
         What is stored under which conditions.
     """
@@ -101,7 +101,7 @@ def put_payload(
 
 
 class _Checksum:
-    """The CRC-32 of a payload as it passes, told as soon as it is asked for: some storage must know it beforehand."""
+    """The CRC-32 of a payload as it passes, known as early as it can be: some storage must have it before the bytes."""
 
     def __init__(self, file: Path | None, size: int | None) -> None:
         self._file = file
@@ -168,7 +168,7 @@ def put_tree(
     carried : storage.Written, optional
         The object that the units lie in.
     callback : fsspec callback, optional
-        Told of the bytes of file content.
+        Progress callback, called with the bytes of file content.
     options : PutOptions, optional
         What is stored under which conditions.
 

@@ -216,7 +216,7 @@ class StoredObject(ABC):
         target : StoredObject
             Where to.
         given_up : callable
-            Asked again and again whether to leave it, which leaves what was at the target.
+            Called repeatedly; tells whether to leave it, which leaves what was at the target.
         mark : mapping
             Added to the metadata, where the storage keeps any.
 

@@ -41,12 +41,12 @@ def turn(uri: str, patience: float, given_up: Callable[[], bool] = lambda: False
     patience : float
         Seconds without a sign of life after which nobody is waited for any more.
     given_up : callable, optional
-        Asked again and again whether to wait no longer, which is a `GivenUpError`.
+        Called repeatedly; tells whether to wait no longer, which is a `GivenUpError`.
 
     Yields
     ------
     callable
-        Gives a sign of life; to be called again and again.
+        Gives a sign of life; to be called repeatedly.
     """
     name = _name(uri)
     lock = None if name is None else _locked(name, uri, patience, given_up)

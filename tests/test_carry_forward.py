@@ -49,7 +49,7 @@ def save(checkpoint: Any, data: Any) -> None:
 
 def carried(checkpoint: Any) -> None:
     """Wait until what was begun has come to its end."""
-    if (copying := checkpoint._carry._copying) is not None:
+    if (copying := checkpoint._carry_forward._copying) is not None:
         copying.result()
 
 
@@ -175,7 +175,7 @@ def test_instances_may_be_made_while_another_saves_to_the_same_destination(tmp_p
     thread.start()
     try:
         for _ in range(20):
-            with saving._carry.making_way():
+            with saving._carry_forward.paused():
                 pass
     finally:
         is_over.set()
@@ -191,7 +191,7 @@ def test_a_save_by_another_instance_gives_it_up_for_good(tmp_path: Path, monkeyp
     loading.read()
     assert begun.wait(10)
     saving.save_sync(b"6")
-    copying = loading._carry._copying
+    copying = loading._carry_forward._copying
     assert copying is not None
     assert copying.done()
     assert SyncCheckpoint("", str(destination)).read() == b"6"
@@ -335,7 +335,7 @@ def test_on_a_local_disk_it_is_done_when_the_load_returns(
         monkeypatch.setattr(local, "_cloned", lambda source, target: os.sendfile(target, source, 0, 1 << 20) > 0)
     checkpoint = kind(str(destination), str(source))
     load(checkpoint)
-    assert checkpoint._carry._copying is None
+    assert checkpoint._carry_forward._copying is None
     assert destination.read_bytes() == source.read_bytes()
     assert os.path.samefile(source, destination) == (can == "link")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flytekit_ckpt import layout, storage
-from flytekit_ckpt.background import finish_at_exit
+from flytekit_ckpt.background_saves import finish_at_exit
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.pipeline import WORKERS
@@ -26,27 +26,29 @@ from flytekit_ckpt.storage import Settings
 logger = logging.getLogger("flytekit_ckpt")
 
 
-class _Place:
+class _Destination:
     """A destination, and what of this process is saved and copied there."""
 
     def __init__(self) -> None:
         self.lock = ForkSafeLock()
         self.saves = 0
-        self.carries: weakref.WeakSet[Carry] = weakref.WeakSet()
+        self.carry_forwards: weakref.WeakSet[CarryForward] = weakref.WeakSet()
 
     @staticmethod
-    def of(destination: str) -> _Place:
+    def of(destination: str) -> _Destination:
         """Give what is shared by everyone who saves to a URI."""
         path = storage.local_path(destination)
         with _lock:
-            return _places.setdefault(destination.rstrip("/") if path is None else os.path.abspath(path), _Place())
+            return _destinations.setdefault(
+                destination.rstrip("/") if path is None else os.path.abspath(path), _Destination()
+            )
 
 
 _lock = ForkSafeLock()
-_places: weakref.WeakValueDictionary[str, _Place] = weakref.WeakValueDictionary()
+_destinations: weakref.WeakValueDictionary[str, _Destination] = weakref.WeakValueDictionary()
 
 
-class Carry:
+class CarryForward:
     """Carries one checkpoint forward to a destination, unless something is there or is being saved there.
 
     At once where that takes no time, as on a local disk; otherwise in the background.
@@ -75,14 +77,14 @@ class Carry:
         self._join()
 
     def _join(self) -> None:
-        self._place = _Place.of(self._destination)
+        self._shared = _Destination.of(self._destination)
         # Someone who saves there may be looking at them.
-        with self._place.lock:
-            self._place.carries.add(self)
+        with self._shared.lock:
+            self._shared.carry_forwards.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # The process that began it goes on with it.
-        changes = {"_is_wanted": self._is_wanted and not self._is_loaded, "_copying": None, "_place": None}
+        changes = {"_is_wanted": self._is_wanted and not self._is_loaded, "_copying": None, "_shared": None}
         return {**vars(self), **changes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,15 +93,15 @@ class Carry:
 
     def begin(self) -> None:
         """Begin, once; called when the checkpoint has been loaded."""
-        with self._place.lock:
+        with self._shared.lock:
             if not self._is_loaded:
                 self._is_loaded = True
                 self._start()
 
     def has_carried(self, written: storage.Written) -> bool:
         """Tell whether what is at the destination was only carried there, as far as this process knows."""
-        with self._place.lock:
-            if any(written == carry._copy_made for carry in self._place.carries):
+        with self._shared.lock:
+            if any(written == other._copy_made for other in self._shared.carry_forwards):
                 return True
         return self._source is not None and layout.is_linked(self._source, self._destination)
 
@@ -123,31 +125,31 @@ class Carry:
             self.close()
 
     @contextlib.contextmanager
-    def making_way(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Give it up while something is saved, waiting until it has stopped; take it up again if the save failed.
 
         Also what others are copying there: the two faces of an attempt, for example.
         """
-        with self._place.lock:
-            self._place.saves += 1
-            concurrent.futures.wait(copying for carry in self._place.carries if (copying := carry._under_way()))
+        with self._shared.lock:
+            self._shared.saves += 1
+            concurrent.futures.wait(copying for other in self._shared.carry_forwards if (copying := other._under_way()))
         is_saved = False
         try:
             yield
             is_saved = True
         finally:
-            with self._place.lock:
-                self._place.saves -= 1
-                for carry in list(self._place.carries):
-                    carry._is_wanted = carry._is_wanted and not is_saved
-                    carry._start()
+            with self._shared.lock:
+                self._shared.saves -= 1
+                for other in list(self._shared.carry_forwards):
+                    other._is_wanted = other._is_wanted and not is_saved
+                    other._start()
 
     def _under_way(self) -> concurrent.futures.Future[None] | None:
         # A forked process has no part in what it began.
         return self._copying if self._process == os.getpid() else None
 
     def _start(self) -> None:
-        if not self._is_wanted or not self._is_loaded or self._place.saves or self._has_linked():
+        if not self._is_wanted or not self._is_loaded or self._shared.saves or self._has_linked():
             return
         pool = concurrent.futures.ThreadPoolExecutor(1, f"{WORKERS}-carry")
         # Unless the interpreter is on its way out.
@@ -174,11 +176,11 @@ class Carry:
         return is_done
 
     def _is_given_up(self) -> bool:
-        return self._place.saves > 0
+        return self._shared.saves > 0
 
     def _copy(self) -> None:
         assert self._source is not None
-        places = storage.public(self._source), storage.public(self._destination)
+        uris = storage.public(self._source), storage.public(self._destination)
         started = time.perf_counter()
         try:
             with storage.turn(self._destination, self._settings.timeout, self._is_given_up) as sign:
@@ -189,10 +191,10 @@ class Carry:
 
                 self._copy_made = layout.copy(self._source, self._destination, self._settings, given_up)
             if self._copy_made is not None:
-                logger.info("carried %s forward to %s in %.3f s", *places, time.perf_counter() - started)
+                logger.info("carried %s forward to %s in %.3f s", *uris, time.perf_counter() - started)
         except (storage.GivenUpError, storage.ConflictError):
-            logger.info("%s is not carried forward to %s: something else is saved there", *places)
+            logger.info("%s is not carried forward to %s: something else is saved there", *uris)
         except (CheckpointError, OSError) as error:
-            logger.warning("%s was not carried forward to %s: %s", *places, error)
+            logger.warning("%s was not carried forward to %s: %s", *uris, error)
         except Exception:
-            logger.exception("%s was not carried forward to %s", *places)
+            logger.exception("%s was not carried forward to %s", *uris)

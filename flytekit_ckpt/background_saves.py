@@ -1,4 +1,4 @@
-"""Work behind the caller, which a process that ends normally finishes first."""
+"""Background saves, which a process that ends normally finishes first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flytekit_ckpt import termination
 logger = logging.getLogger("flytekit_ckpt")
 
 
-class Behind:
+class BackgroundSaves:
     """Does what it is given in a thread, in order; keeps the first error for whoever asks next."""
 
     # The states that wait are in memory: one that is being saved, and the next one.
