@@ -75,7 +75,7 @@ def may_pass(error: BaseException) -> bool:
     answer = s3_answer(error)
     if answer is not None:
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status in (429, 500, 502, 503, 504) or s3_code(error) in _PASSING_CODES
+        return status in (408, 429, 500, 502, 503, 504) or s3_code(error) in _PASSING_CODES
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, (ConnectionError, TimeoutError)) or _is_of_the_network(chain):
@@ -100,6 +100,10 @@ def _is_of_the_network(error: BaseException) -> bool:
         # aiohttp
         "ClientConnectionError",
         "ClientPayloadError",
+        # azure-core, google-auth
+        "ServiceRequestError",
+        "ServiceResponseError",
+        "TransportError",
         # http.client, requests, fsspec
         "IncompleteRead",
         "ChunkedEncodingError",
@@ -148,6 +152,9 @@ def overwritten(uri: str) -> CheckpointError:
 
 
 _CODE_ADVICE = {
+    "ConditionNotMet": "It was overwritten meanwhile: try again",
+    "ContainerNotFound": "The container does not exist: create it, or correct the URI",
+    "InvalidBlockList": "Another writer saved there meanwhile: save again, or to a destination of its own",
     "NoSuchBucket": "The bucket does not exist: create it, or correct the URI",
     "PreconditionFailed": "It was overwritten meanwhile: try again",
     "QuotaExceeded": "Make room there, or save less",
