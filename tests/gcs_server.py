@@ -202,6 +202,7 @@ class _Proxy:
         return found == condition
 
     async def passed(self, request: web.BaseRequest, body: bytes) -> web.Response:
+        # With the name of the host, for that is where an upload is told to go on.
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP}
         url = URL(self.upstream + request.raw_path, encoded=True)
         sent = self.session.request(request.method, url, headers=headers, data=body, allow_redirects=False)
@@ -214,7 +215,7 @@ class _Proxy:
             return web.Response(status=answer.status, headers=kept, body=await answer.read())
 
 
-_HOP_BY_HOP = {"connection", "content-length", "host", "keep-alive", "transfer-encoding", "upgrade"}
+_HOP_BY_HOP = {"connection", "content-length", "keep-alive", "transfer-encoding", "upgrade"}
 
 
 def _resource(path: str) -> str | None:

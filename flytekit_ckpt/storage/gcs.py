@@ -262,7 +262,8 @@ class _Upload:
             headers = {"Content-Range": f"bytes {span}/{total}"}
             answer = await self._target._send(filesystem, "PUT", self.session, {}, headers, body)
             if answer.status == _MORE:
-                self._received = int(answer.headers.get("Range", "bytes=0--1").rpartition("-")[2]) + 1
+                arrived = answer.headers.get("Range")
+                self._received = int(arrived.rpartition("-")[2]) + 1 if arrived else 0
                 return None
             return self._target._version_of(answer)
 
