@@ -410,6 +410,48 @@ def test_a_store_that_is_never_reached_is_an_error_in_bounded_time(
     assert content(item) == b"before"
 
 
+@pytest.mark.parametrize("protocol", ["gs", "abfs"])
+def test_retries_are_counted_once(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gcsfs" if protocol == "gs" else "adlfs", reason="the extra `clouds` is not installed")
+    waited: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waited.append)
+    nowhere = "http://127.0.0.1:9"
+    options = {
+        "gs": {"token": "anon", "endpoint_url": nowhere},
+        "abfs": {"connection_string": f"AccountName=a;AccountKey=a2V5;BlobEndpoint={nowhere}/a"},
+    }
+    item = storage.at(f"{protocol}://bucket/key", Settings(options[protocol], retries=3))
+    started = time.monotonic()
+    for call in (item.get, item.exists, item.names, item.remove, lambda: item.put([b"x"]), lambda: item.put([NOISE])):
+        waited.clear()
+        with pytest.raises(StorageError, match=f"{protocol}://bucket/key.*127.0.0.1:9"):
+            call()
+        # Each part of an upload has its own.
+        assert len(waited) >= 3
+    # The clients' own retries would wait for real.
+    assert time.monotonic() - started < 8
+
+
+def test_no_part_is_sent_after_one_that_failed(gcs: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    send, spans = GcsObject._send, []
+
+    async def sent(self: Any, filesystem: Any, method: str, path: str, arguments: Any, headers: Any, body: Any) -> Any:
+        if method == "PUT":
+            spans.append(headers["Content-Range"])
+            if len(spans) == 2:
+                # As long as the next one is not there to be sent.
+                time.sleep(0.3)
+                raise PermissionError
+        return await send(self, filesystem, method, path, arguments, headers, body)
+
+    monkeypatch.setattr(GcsObject, "_send", sent)
+    item = storage.at(gcs.uri(), gcs.settings)
+    with pytest.raises(StorageError):
+        item.put([NOISE])
+    assert len(spans) == 2
+    assert not item.exists()
+
+
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +469,21 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error_and_no_mixture(
     item.remove()
     with pytest.raises(CheckpointError):
         b"".join(item.get_range(Range(5, 10), theirs))
+
+
+@pytest.mark.parametrize("length", SIZES)
+def test_what_has_ranges_of_an_object_does_not_replace_another(cloud: Place, length: int) -> None:
+    item = storage.at(cloud.uri(), cloud.settings)
+    before = item.put([NOISE])
+
+    def chunks() -> Iterator[bytes | Range]:
+        yield Range(0, length)
+        yield b"after"
+        store(cloud, item.uri, b"theirs")
+
+    with pytest.raises(CheckpointError, match="another writer"):
+        item.put(chunks(), previous=before)
+    assert content(item) == b"theirs"
 
 
 def test_an_object_that_is_replaced_between_two_requests_is_read_again(
@@ -535,7 +592,7 @@ def test_a_copy_that_goes_on_behind_the_answer_is_awaited_or_ended(
     """Azurite's copies are done when it answers."""
     item, target = (AzureObject(azure.uri(), azure.settings) for _ in range(2))
     item.put([b"x"])
-    begin, properties, call = AzureObject._begin_copy, AzureObject._properties, AzureObject._call
+    begin, properties = AzureObject._begin_copy, AzureObject._properties
     looks, ended = [0], []
 
     def begun(self: Any, *arguments: Any) -> Any:
@@ -563,8 +620,29 @@ def test_a_copy_that_goes_on_behind_the_answer_is_awaited_or_ended(
     with pytest.raises(storage.GivenUpError):
         item.copy_to(target, lambda: next(answers))
     assert ended == ["pending"]
+
+
+def test_what_is_left_of_a_copy_that_failed_is_removed_and_one_that_is_done_stays(
+    azure: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, target = (AzureObject(azure.uri(), azure.settings) for _ in range(2))
+    item.put([b"x"])
+    item.copy_to(target, lambda: False)
+    copy = {"copy_id": target._properties().copy.id, "copy_status": "pending"}
+    target._end_copy(copy)
+    assert content(target) == b"x"
+    properties = AzureObject._properties
+
+    def failed(self: Any, *, complete: bool = True) -> Any:
+        found = properties(self, complete=complete)
+        found.copy.status = "failed"
+        return found
+
+    monkeypatch.setattr(AzureObject, "_properties", failed)
+    target._end_copy({**copy, "copy_id": "another"})
+    target._end_copy({**copy, "copy_status": "failed"})
     monkeypatch.undo()
-    assert call is AzureObject._call
+    assert not target.exists()
 
 
 # What lies there ------------------------------------------------------------------------------------------------------

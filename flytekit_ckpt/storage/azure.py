@@ -152,7 +152,12 @@ class AzureObject(AsyncObject):
     def _end_copy(self, copy: dict[str, Any]) -> None:
         """Leave nothing of a copy that has not come to its end."""
         if copy["copy_status"] == "pending":
-            self._call(lambda blob, **limits: blob.abort_copy(copy["copy_id"], **limits))
+            try:
+                self._call(lambda blob, **limits: blob.abort_copy(copy["copy_id"], **limits))
+            except OSError as error:
+                # It has just come to its end, or another one has taken its place.
+                if s3_code(error) not in ("NoPendingCopyOperation", "CopyIdMismatch"):
+                    raise
         found = self._properties(complete=False)
         if found.copy.id == copy["copy_id"] and found.copy.status != "success":
             arguments = _condition(Written(0, found.etag))
