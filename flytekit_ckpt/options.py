@@ -12,7 +12,7 @@ StorageOptions = Mapping[str, Any]
 """Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`."""
 
 _S3 = ("s3", "s3a")
-_AZURE = ("abfs", "abfss")
+_AZURE = ("abfs", "abfss", "az")
 
 # Whoever gives one of these has chosen a way to log in, which nothing of another is mixed into.
 _S3_LOGINS = ("key", "secret", "token", "anon", "profile", "session", "username", "password")

@@ -1,22 +1,28 @@
-"""Places to keep checkpoints in: the local disk and the S3 server that the tests run against."""
+"""Places to keep checkpoints in: the local disk and the servers that the tests run against."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flytekit_ckpt.storage import Settings
-from tests import s3_server
+from tests import azure_server, gcs_server, s3_server
 
 
-def pytest_report_header() -> str:
-    return f"S3 server: {s3_server.available()}"
+def pytest_report_header() -> list[str]:
+    return [
+        f"S3 server: {s3_server.available()}",
+        f"Google Cloud Storage: {gcs_server.available()}",
+        f"Azure Blob Storage: {azure_server.available()}",
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,11 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder or a prefix to put checkpoints below, and the S3 server that it is on."""
+    """A folder or a prefix to put checkpoints below, and the server that it is on."""
 
     root: str
     options: dict[str, str] = field(default_factory=dict)
-    server: s3_server.S3Server | None = None
+    server: s3_server.S3Server | gcs_server.GcsServer | azure_server.AzureServer | None = None
 
     def uri(self) -> str:
         """Give an object's URI that nothing else uses."""
@@ -45,7 +51,7 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        return not self.root.startswith("s3://")
+        return not self.root.startswith(("s3://", "gs://", "abfs://"))
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +99,72 @@ def s3(s3_bucket: Place) -> Iterator[Place]:
     """The bucket, empty."""
     yield s3_bucket
     empty(s3_bucket)
+
+
+@pytest.fixture(scope="session")
+def gcs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A bucket on Google Cloud Storage; child processes find it and its login in fsspec's variables."""
+    if reason := gcs_server.missing():
+        pytest.skip(reason)
+    import gcsfs
+
+    with gcs_server.serve(tmp_path_factory.mktemp("gcs")) as server, pytest.MonkeyPatch.context() as patch:
+        # Google would be asked about the token.
+        patch.setenv("FETCH_RAW_TOKEN_EXPIRY", "false")
+        patch.setenv("FSSPEC_GS_ENDPOINT_URL", server.endpoint)
+        patch.setenv("FSSPEC_GS_TOKEN", server.token)
+        options = {"endpoint_url": server.endpoint, "token": server.token}
+        bucket = f"checkpoints-{uuid.uuid4().hex[:8]}"
+        gcsfs.core.GCSFileSystem(**options, project="tests").call("POST", "b", json={"name": bucket})
+        yield Place(f"gs://{bucket}", options, server)
+
+
+@pytest.fixture(scope="session")
+def azure_container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A container on Azure; child processes find it and its login in the SDK's variable."""
+    if reason := azure_server.missing():
+        pytest.skip(reason)
+    import adlfs
+
+    with azure_server.serve(tmp_path_factory.mktemp("azure")) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", server.connection)
+        options = {"connection_string": server.connection}
+        container = f"checkpoints-{uuid.uuid4().hex[:8]}"
+        adlfs.AzureBlobFileSystem(**options).mkdir(container)
+        yield Place(f"abfs://{container}", options, server)
+
+
+@pytest.fixture
+def gcs(gcs_bucket: Place) -> Iterator[Place]:
+    """The bucket, empty."""
+    yield gcs_bucket
+    emptied(gcs_bucket)
+
+
+@pytest.fixture
+def azure(azure_container: Place) -> Iterator[Place]:
+    """The container, empty."""
+    yield azure_container
+    emptied(azure_container)
+
+
+def filesystem(place: Place) -> Any:
+    """fsspec's own filesystem for a place, which knows nothing of this package."""
+    import fsspec
+    from fsspec.registry import known_implementations
+
+    protocol = place.root.partition("://")[0]
+    module, _, name = known_implementations[protocol]["class"].rpartition(".")
+    # Flyte registers others.
+    kind = getattr(importlib.import_module("gcsfs.core" if module == "gcsfs" else module), name)
+    assert issubclass(kind, fsspec.AbstractFileSystem)
+    return kind(**place.options, use_listings_cache=False)
+
+
+def emptied(place: Place) -> None:
+    store = filesystem(place)
+    for key in store.find(place.root):
+        store.rm_file(key)
 
 
 @pytest.fixture(params=["local", "s3"])

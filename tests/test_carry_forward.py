@@ -27,11 +27,11 @@ from tests.trees import look, make
 FACES = [SyncCheckpoint, Checkpoint]
 
 
-@pytest.fixture(params=["local", "s3", "memory"])
+@pytest.fixture(params=["local", "s3", "gcs", "azure", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "memory":
         return Place(f"memory://{uuid.uuid4().hex}")
-    return Place(str(tmp_path / "checkpoints")) if request.param == "local" else request.getfixturevalue("s3")
+    return Place(str(tmp_path / "checkpoints")) if request.param == "local" else request.getfixturevalue(request.param)
 
 
 def load(checkpoint: Any) -> Any:

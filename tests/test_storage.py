@@ -9,14 +9,12 @@ import random
 import sys
 import threading
 import time
-import types
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,14 +29,14 @@ from tests.conftest import Place
 NOISE = random.Random(3).randbytes(3 * PART_SIZE + 7)
 
 
-@pytest.fixture(params=["local", "s3", "memory"])
+@pytest.fixture(params=["local", "s3", "gcs", "azure", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """The three kinds of storage: local files, S3, and anything else that fsspec reaches."""
+    """The kinds of storage: local files, S3, Google's and Azure's, and anything else that fsspec reaches."""
     if request.param == "local":
         return Place(str(tmp_path / "objects"))
     if request.param == "memory":
         return Place(f"memory://{uuid.uuid4().hex}")
-    return request.getfixturevalue("s3")
+    return request.getfixturevalue(request.param)
 
 
 def pieces(content: bytes, size: int) -> Iterator[bytes]:
@@ -420,21 +418,21 @@ def test_options_come_from_the_call_then_flytes_variables_then_the_sdks(
 
 
 @pytest.mark.parametrize(
-    ("protocol", "package", "name"), [("gs", "gcsfs", "GCSFileSystem"), ("abfs", "adlfs", "AzureBlobFileSystem")]
+    ("protocol", "package", "options"),
+    [("gs", "gcsfs", {"token": "anon"}), ("abfs", "adlfs", {"account_name": "a", "account_key": "a2V5"})],
 )
 def test_where_flyte_registers_a_filesystem_fsspecs_own_is_asked_for(
-    protocol: str, package: str, name: str, monkeypatch: pytest.MonkeyPatch
+    protocol: str, package: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("flyte.storage")
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(StorageError, match=f"{protocol}://bucket/key.*{package}"):
-        storage.at(f"{protocol}://bucket/key").get()
-    own = types.ModuleType(package)
-    setattr(own, name, MemoryFileSystem)
-    monkeypatch.setitem(sys.modules, package, own)
-    item = storage.at(f"{protocol}://bucket/key")
-    item.put([b"x"])
-    assert type(item._filesystem) is MemoryFileSystem  # type: ignore[attr-defined]
+    item = storage.at(f"{protocol}://bucket/key", Settings(options))
+    with monkeypatch.context() as patch:
+        for name in (package, f"{package}.core"):
+            patch.setitem(sys.modules, name, None)
+        with pytest.raises(StorageError, match=f"{protocol}://bucket/key.*{package}.*reaches this kind of storage"):
+            item.get()
+    pytest.importorskip(package, reason="the extra `clouds` is not installed")
+    assert type(item._filesystem).__module__.partition(".")[0] == package  # type: ignore[attr-defined]
 
 
 # Local files and names ------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """One object at a URI, through fsspec: chunks in, all or nothing; chunks out, read ahead.
 
-Knows nothing of what the bytes mean. Local files and S3 have a path of their own, everything else goes through
-fsspec's general interface.
+Knows nothing of what the bytes mean. Local files, S3, Google Cloud Storage and Azure have a path of their own,
+everything else goes through fsspec's general interface.
 """
 
 from __future__ import annotations
 
+from flytekit_ckpt.storage.azure import AzureObject
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten, undisturbed
+from flytekit_ckpt.storage.gcs import GcsObject
 from flytekit_ckpt.storage.general import FsspecObject
 from flytekit_ckpt.storage.local import ATTRIBUTE, LocalObject
 from flytekit_ckpt.storage.objects import (
@@ -35,8 +37,10 @@ __all__ = [
     "PART_SIZE",
     "RETRIES",
     "TIMEOUT",
+    "AzureObject",
     "ConflictError",
     "FsspecObject",
+    "GcsObject",
     "GivenUpError",
     "LocalObject",
     "Metadata",
@@ -64,4 +68,15 @@ def at(uri: str, settings: Settings | None = None) -> StoredObject:
         return LocalObject(path, settings)
     # But for the root of a store.
     uri = uri if uri.endswith("://") else uri.rstrip("/")
-    return S3Object(uri, settings) if uri.startswith(("s3://", "s3a://")) else FsspecObject(uri, settings)
+    return _KINDS.get(uri.partition("://")[0], FsspecObject)(uri, settings)
+
+
+_KINDS = {
+    "s3": S3Object,
+    "s3a": S3Object,
+    "gs": GcsObject,
+    "gcs": GcsObject,
+    "abfs": AzureObject,
+    "abfss": AzureObject,
+    "az": AzureObject,
+}

@@ -68,10 +68,10 @@ def tried_again(
         error = state.outcome.exception() if state.outcome is not None else None
         logger.info("try %d at %s failed, trying again: %s", state.attempt_number, public(uri), type(error).__name__)
 
-    cancelled = cancelled or threading.Event()
+    stop: Any = tenacity.stop_after_attempt(retries + 1)
     trying = tenacity.Retrying(
-        stop=tenacity.stop_any(tenacity.stop_after_attempt(retries + 1), tenacity.stop_when_event_set(cancelled)),
-        sleep=tenacity.sleep_using_event(cancelled),
+        stop=stop if cancelled is None else stop | tenacity.stop_when_event_set(cancelled),
+        sleep=tenacity.nap.sleep if cancelled is None else tenacity.sleep_using_event(cancelled),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT),
         retry=tenacity.retry_if_exception(may_pass),
         before_sleep=log,
@@ -85,22 +85,21 @@ def may_pass(error: BaseException) -> bool:
     answer = s3_answer(error)
     if answer is not None:
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status in (429, 500, 502, 503, 504) or s3_code(error) in _PASSING_CODES
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, (ConnectionError, TimeoutError)) or _is_of_the_network(chain):
-            return True
-        chain = chain.__cause__
-    return False
+        return status in (408, 429, 500, 502, 503, 504) or s3_code(error) in _PASSING_CODES
+    return _is_of_the_network(error)
 
 
 def _is_of_the_network(error: BaseException) -> bool:
     # By name, so that none of these packages is imported for it. What is wrong with a certificate or a proxy's login
-    # will be wrong again.
-    names = {kind.__name__ for kind in type(error).__mro__}
+    # will be wrong again, whoever says it in other words.
+    names: set[str] = set()
+    behind: BaseException | None = error
+    while behind is not None:
+        names.update(kind.__name__ for kind in type(behind).__mro__)
+        behind = behind.__cause__
     lasting = {"SSLError", "ClientConnectorCertificateError", "ClientConnectorSSLError", "ProxyConnectionError"}
     passing = {
-        # botocore, asyncio on Python 3.10
+        # Python, botocore, requests
         "ConnectionError",
         "TimeoutError",
         "HTTPClientError",
@@ -110,6 +109,10 @@ def _is_of_the_network(error: BaseException) -> bool:
         # aiohttp
         "ClientConnectionError",
         "ClientPayloadError",
+        # azure-core, google-auth
+        "ServiceRequestError",
+        "ServiceResponseError",
+        "TransportError",
         # http.client, requests, fsspec
         "IncompleteRead",
         "ChunkedEncodingError",
@@ -135,8 +138,7 @@ def reported(operation: str, uri: str, options: StorageOptions) -> Iterator[None
         raise
     except Exception as error:
         text = str(error).replace(uri, public(uri))
-        for option in ("key", "secret", "token", "password", "account_key", "client_secret", "sas_token"):
-            value = options.get(option)
+        for value in _secrets(options):
             if isinstance(value, str) and len(value) > 3:
                 text = text.replace(value, "***")
         # The user and the password of an endpoint.
@@ -146,6 +148,19 @@ def reported(operation: str, uri: str, options: StorageOptions) -> Iterator[None
         message = f"cannot {operation} {public(uri)}: {cause}. {_advice(error)}"
         number = getattr(error, "errno", None)
         raise (StorageError(message) if number is None else StorageError(number, message)) from error
+
+
+def _secrets(options: StorageOptions) -> Iterator[Any]:
+    for name in ("key", "secret", "token", "password", "account_key", "client_secret", "sas_token"):
+        yield options.get(name)
+    # A service account of Google's, or a user's login there.
+    token = options.get("token")
+    if isinstance(token, dict):
+        yield from (token.get(name) for name in ("private_key", "refresh_token", "client_secret"))
+    # Azure's.
+    connection = str(options.get("connection_string") or "")
+    yield connection
+    yield from re.findall(r"(?:AccountKey|SharedAccessSignature)=([^;]+)", connection)
 
 
 def undisturbed(function: Callable[[], _Answer], *, uri: str) -> _Answer:
@@ -183,6 +198,9 @@ def overwritten(uri: str) -> CheckpointError:
 
 
 _CODE_ADVICE = {
+    "ConditionNotMet": "It was overwritten meanwhile: try again",
+    "ContainerNotFound": "The container does not exist: create it, or correct the URI",
+    "InvalidBlockList": "Another writer saved there meanwhile: save again, or to a destination of its own",
     "NoSuchBucket": "The bucket does not exist: create it, or correct the URI",
     "PreconditionFailed": "It was overwritten meanwhile: try again",
     "QuotaExceeded": "Make room there, or save less",

@@ -31,6 +31,11 @@ def _let_go() -> None:
     garbage collector, would be taken from what the parent's loop waits for, and its request would never be answered.
     """
     _inherited.extend(_filesystems)
+    # adlfs closes its connections when a process ends, and would wait for the loop for ever, which does not run here.
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        found = finalizer.peek()
+        if found is not None and any(found[0] is filesystem for filesystem in _inherited):
+            finalizer.atexit = False
     for loop in list(_processes):
         # Not every loop has one.
         with contextlib.suppress(AttributeError, OSError, ValueError):

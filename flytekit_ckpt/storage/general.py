@@ -180,7 +180,7 @@ def in_folders(name: str) -> list[str]:
 
 
 # Stores that copy an object as a whole; file systems copy files piece by piece.
-_ATOMIC_COPIES = {"abfs", "abfss", "az", "gcs", "gs", "memory"}
+_ATOMIC_COPIES = {"memory"}
 
 
 def _filesystem_class(protocol: str) -> Any:

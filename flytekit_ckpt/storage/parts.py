@@ -73,6 +73,20 @@ def divide(
         yield buffer.take(buffer.size)
 
 
+def equal_parts(chunks: Iterator[Chunk], size: int) -> Iterator[bytes]:
+    """Divide an object into parts of one size, the last excepted; an object of no bytes is one part."""
+    buffer = _Buffer()
+    is_first = True
+    for chunk in chunks:
+        buffer.add(chunk)
+        # More than a part, so that the last one is never empty.
+        while buffer.size > size:
+            yield buffer.take(size)
+            is_first = False
+    if buffer.size or is_first:
+        yield buffer.take(buffer.size)
+
+
 def copied_ranges(whole: Range) -> list[Range]:
     """Divide a range into equal parts that the server copies in one request each."""
     count = -(-whole.length // COPY_SIZE)
