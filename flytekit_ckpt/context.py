@@ -50,6 +50,13 @@ def current_checkpoint() -> Checkpoint:
 
 
 def _unavailable() -> errors.CheckpointUnavailableError:
+    flyte = sys.modules.get("flyte")
+    if isinstance(flyte, types.ModuleType) and hasattr(flyte, "TaskEnvironment") and not hasattr(flyte, "Checkpoint"):
+        message = (
+            f"flyte {getattr(flyte, '__version__', '')} gives its tasks no checkpoints. "
+            "Update it to 2.1.5 or later, or make a flytekit_ckpt.SyncCheckpoint(destination, source) of your own"
+        )
+        return errors.CheckpointUnavailableError(message)
     message = (
         "no checkpoint belongs to this code: it runs neither as a Flyte task nor under `flytekit-ckpt run`. "
         "Outside of both, make a flytekit_ckpt.SyncCheckpoint(destination, source) of your own"
