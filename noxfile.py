@@ -27,6 +27,7 @@ TESTS = (
     "tests/test_context.py",
     "tests/test_examples.py",
     "tests/test_storage.py",
+    "--hypothesis-profile=few",
     # Minutes of processes that save and are killed, to which no release of a package matters.
     "--deselect=tests/contract/test_accumulation.py::test_what_anybody_saves_accumulates_as_in_flytekits_folder",
 )

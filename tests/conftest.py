@@ -10,9 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from flytekit_ckpt.storage import Settings
 from tests import s3_server
+
+# For the matrix: the releases are tried there, not the code.
+settings.register_profile("few", max_examples=25)
 
 
 def pytest_report_header() -> str:

@@ -24,7 +24,9 @@ from tests.trees import CONTENTS, Tree, look, make, trees
 flyte = pytest.importorskip("flyte")
 
 modestly = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=settings.default.max_examples * 40 // 100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 Save = Callable[[str, object], None]

@@ -173,7 +173,7 @@ class BothPackages(RuleBasedStateMachine):
 
 def test_both_packages_answer_alike_whatever_is_saved_and_read(place: Place) -> None:
     machine = type("Machine", (BothPackages,), {"place": place})
-    examples = 200 if place.is_local else 60
+    examples = settings.default.max_examples * (200 if place.is_local else 60) // 100
     run_state_machine_as_test(
         machine,
         settings=settings(
