@@ -280,8 +280,8 @@ def test_deviation_a_source_that_is_not_there_is_none(place: Place) -> None:
     assert attempt.restore() is None
     from flytekit.exceptions import user
 
-    # Older releases have no name for it.
-    with pytest.raises(getattr(user, "FlyteDataNotFoundException", FileNotFoundError)):
+    # It has a name since 1.13.4.
+    with pytest.raises(getattr(user, "FlyteDataNotFoundException", user.FlyteAssertion)):
         theirs.SyncCheckpoint(place.uri(), place.uri()).restore()
 
 
