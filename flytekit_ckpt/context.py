@@ -50,6 +50,13 @@ def current_checkpoint() -> Checkpoint:
 
 
 def _unavailable() -> errors.CheckpointUnavailableError:
+    flyte = sys.modules.get("flyte")
+    if isinstance(flyte, types.ModuleType) and hasattr(flyte, "TaskEnvironment") and not hasattr(flyte, "Checkpoint"):
+        message = (
+            f"flyte {getattr(flyte, '__version__', '')} gives its tasks no checkpoints. "
+            "Update it to 2.1.3 or later, or make a flytekit_ckpt.SyncCheckpoint(destination, source) of your own"
+        )
+        return errors.CheckpointUnavailableError(message)
     message = (
         "no checkpoint belongs to this code: it runs neither as a Flyte task nor under `flytekit-ckpt run`. "
         "Outside of both, make a flytekit_ckpt.SyncCheckpoint(destination, source) of your own"
@@ -123,7 +130,7 @@ def _of_flyte() -> SyncCheckpoint | None:
 def _flyte_attempt(task: Any) -> _Attempt | None:
     """What belongs to a `flyte.models.TaskContext`."""
     checkpoint = _original(type(task), "checkpoint")
-    # Releases before 2.1.5 have none.
+    # Releases before 2.1.3 have none.
     theirs = checkpoint.fget(task) if checkpoint is not None else None
     return _attempt(theirs, theirs.remote_destination, theirs.remote_source) if theirs is not None else None
 

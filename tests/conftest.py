@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from flytekit_ckpt.storage import Settings
 from tests import azure_server, gcs_server, s3_server
+
+# For the matrix: the releases are tried there, not the code.
+settings.register_profile("few", max_examples=25)
 
 
 def pytest_report_header() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +12,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Skip a test where one of these packages is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"without {' and '.join(missing)}")
+
+
+on_flytekit, on_flyte, on_migrate = needs("flytekit"), needs("flyte"), needs("flyte_migrate")
+
+
+def retries_at_once(count: int) -> Any:
+    """Give retries for a flyte task, without the half second that flyte waits where it can be told to."""
+    import flyte
+
+    if not hasattr(flyte, "Backoff"):
+        return flyte.RetryStrategy(count=count)
+    return flyte.RetryStrategy(count=count, backoff=flyte.Backoff(base=datetime.timedelta(0)))
+
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -138,6 +161,8 @@ class Flyte1(Platform):
         return LiteralMap(literals=literals).SerializeToString()
 
     def _command(self, outputs: Path, destination: str, source: str | None) -> list[str]:
+        # As in flytekit's images: not every release looks into the working directory.
+        self.environment = {"PYTHONPATH": str(self.file.parent), **self.environment}
         return [
             script("pyflyte-execute"),
             *("--inputs", str(outputs / "inputs.pb"), "--output-prefix", str(outputs)),
@@ -184,7 +209,10 @@ class Flyte2(Platform):
         ]
 
     def _error_document(self, content: bytes) -> Any:
-        from flyteidl2.core.execution_pb2 import ErrorDocument
+        try:
+            from flyteidl2.core.execution_pb2 import ErrorDocument
+        except ImportError:  # before 2.0.12
+            from flyteidl2.core.errors_pb2 import ErrorDocument
 
         return ErrorDocument.FromString(content)
 

@@ -21,6 +21,7 @@ from flytekit_ckpt import (
     current_checkpoint,
     current_context,
 )
+from tests.platforms import on_flyte, retries_at_once
 
 Attempt = Callable[..., AbstractContextManager[object]]
 
@@ -65,7 +66,7 @@ def test_outside_a_task_neither_flytekit_nor_flyte_is_asked_for() -> None:
 @pytest.fixture
 def flytekit_attempt() -> Attempt:
     """Enter an attempt with a checkpoint of flytekit's own, as flytekit's container entry point does."""
-    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    pytest.importorskip("flytekit")
     from flytekit import ExecutionParameters
     from flytekit.core.checkpointer import SyncCheckpoint as TheirCheckpoint
     from flytekit.core.context_manager import ExecutionState, FlyteContextManager
@@ -204,6 +205,7 @@ def test_the_instance_is_the_same_for_flytekits_own_context(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@on_flyte
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_under_flyte_a_retry_reads_what_the_failed_attempt_wrote_and_so_does_flytes_own_checkpoint(
     tmp_path: Path, asynchronous: bool
@@ -228,11 +230,7 @@ def test_under_flyte_a_retry_reads_what_the_failed_attempt_wrote_and_so_does_fly
     async def attempt_async() -> str:
         return attempt()
 
-    # At once: by default flyte waits half a second.
-    backoff = flyte.Backoff(base=datetime.timedelta(0))
-    task = environment.task(retries=flyte.RetryStrategy(count=1, backoff=backoff))(
-        attempt_async if asynchronous else attempt
-    )
+    task = environment.task(retries=retries_at_once(1))(attempt_async if asynchronous else attempt)
     run = flyte.with_runcontext(mode="local", raw_data_path=str(tmp_path)).run(task)
 
     assert run.outputs()[0] == "5"
@@ -241,12 +239,13 @@ def test_under_flyte_a_retry_reads_what_the_failed_attempt_wrote_and_so_does_fly
     assert first is not second
 
 
+@on_flyte
 def test_under_flyte_what_flytes_own_checkpoint_saved_is_read(tmp_path: Path) -> None:
     import flyte
 
     environment = flyte.TaskEnvironment(name="tests")
 
-    @environment.task(retries=flyte.RetryStrategy(count=1, backoff=flyte.Backoff(base=datetime.timedelta(0))))
+    @environment.task(retries=retries_at_once(1))
     def attempt() -> bytes:
         previous = current_checkpoint().read()
         if previous is None:
@@ -287,7 +286,7 @@ def test_the_package_alone_imports_nothing_heavy() -> None:
 
 
 def test_the_recoverable_exception_is_flytekits_where_flytekit_is_installed() -> None:
-    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    pytest.importorskip("flytekit")
     from flytekit.exceptions.user import FlyteRecoverableException
 
     assert flytekit_ckpt.FlyteRecoverableException is FlyteRecoverableException

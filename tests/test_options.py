@@ -161,7 +161,7 @@ def test_where_flyte_says_nothing_the_rest_is_asked(tmp_path: Path, code: str) -
 
 
 def test_flytekits_configuration_comes_last(tmp_path: Path) -> None:
-    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    pytest.importorskip("flytekit")
     assert resolved_after("import flytekit", tmp_path) == {
         "endpoint_url": "http://file",
         "key": "file",
@@ -217,7 +217,7 @@ def test_a_flyte_task_reaches_the_store_that_flyte_init_names(s3: Place, tmp_pat
 
 
 def test_a_flytekit_task_reaches_the_store_that_its_configuration_file_names(s3: Place, tmp_path: Path) -> None:
-    pytest.importorskip("flytekit", reason="flytekit 1 does not install on this Python")
+    pytest.importorskip("flytekit")
     file = tmp_path / "config.yaml"
     connection = {
         "endpoint": s3.options["endpoint_url"],

@@ -59,6 +59,24 @@ def test_what_is_put_is_got(root: Place, size: int, chunk: int) -> None:
     assert content(item.get()) == NOISE[:size]
 
 
+@pytest.mark.parametrize("size", [5, 2 * PART_SIZE])
+def test_what_a_put_is_to_replace_is_the_only_thing_that_it_replaces(place: Place, size: int) -> None:
+    item = storage.at(place.uri(), place.settings)
+    first = item.put([NOISE[:size]], replaced=None)
+    with pytest.raises(storage.ConflictError):
+        item.put([NOISE[1 : size + 1]], replaced=None)
+    assert content(item.get()) == NOISE[:size]
+    second = item.put([NOISE[2 : size + 2]], replaced=first)
+    with pytest.raises(storage.ConflictError):
+        item.put([NOISE[3 : size + 3]], replaced=first)
+    assert content(item.get()) == NOISE[2 : size + 2]
+    # What is not under a condition goes out without one, also over the same connection.
+    item.put([b"anything"])
+    with pytest.raises(storage.ConflictError):
+        item.put([NOISE[4 : size + 4]], replaced=second)
+    assert content(item.get()) == b"anything"
+
+
 def test_an_object_is_replaced_and_its_version_tells(root: Place) -> None:
     item = storage.at(root.uri(), root.settings)
     versions = set()

@@ -19,7 +19,7 @@ from tests.conftest import Place
 from tests.contract.test_flytekit import flytekit_finds_the_server  # noqa: F401 - a fixture
 from tests.trees import look, make
 
-theirs = pytest.importorskip("flytekit.core.checkpointer", reason="flytekit 1 does not install on this Python")
+theirs = pytest.importorskip("flytekit.core.checkpointer")
 
 Files = dict[str, bytes]
 

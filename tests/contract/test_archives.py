@@ -8,7 +8,6 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import flyte
 import pytest
 
 from flytekit_ckpt import SyncCheckpoint, v2
@@ -16,6 +15,8 @@ from flytekit_ckpt.archive.packing import LARGE_ENTRY
 from flytekit_ckpt.members import MEMBER_SIZE
 from tests.conftest import Place
 from tests.trees import Tree, look, make
+
+flyte = pytest.importorskip("flyte")
 
 NOISE = random.Random(9).randbytes(3 * MEMBER_SIZE)
 TEXT = b"".join(b"step %d loss %d\n" % (step, step * 7919 % 1000) for step in range(200_000))

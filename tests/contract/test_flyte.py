@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import flyte
 import pytest
 import s3fs
 from hypothesis import HealthCheck, example, given, settings
@@ -22,8 +21,12 @@ from flytekit_ckpt import CorruptCheckpointError, StorageError, SyncCheckpoint, 
 from tests.conftest import Place
 from tests.trees import CONTENTS, Tree, look, make, trees
 
+flyte = pytest.importorskip("flyte")
+
 modestly = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=settings.default.max_examples * 40 // 100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 Save = Callable[[str, object], None]
@@ -175,7 +178,10 @@ def test_the_folder_that_flytekit_1_left_is_loaded_where_flyte_starts_from_zero(
     if place.is_local:
         make(Path(uri), {"a": b"1", "b": None, "b/c": b"2"})
     else:
-        s3fs.S3FileSystem(**place.options).pipe({f"{uri}/a": b"1", f"{uri}/b/c": b"2", f"{uri}/b/": b""})
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        for name, content in {"a": b"1", "b/c": b"2", "b/": b""}.items():
+            # Not by pipe(), which loses the last "/" in some releases.
+            s3fs.S3FileSystem(**place.options).call_s3("put_object", Bucket=bucket, Key=f"{key}/{name}", Body=content)
     assert loaded(flyte.Checkpoint, uri) == ("nothing", {})
     shape, found = loaded(v2.Checkpoint, uri)
     assert shape == "tree"
