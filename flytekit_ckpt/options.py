@@ -1,114 +1,59 @@
-"""What reaches an object store: the options a caller gives, and those that Flyte's platforms configure."""
+"""The options of checkpoints, in one place: keyword arguments of both faces, of `install()` and of state handlers."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 StorageOptions = Mapping[str, Any]
 """Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`."""
 
-_S3 = ("s3", "s3a")
-_AZURE = ("abfs", "abfss", "az")
 
-# Whoever gives one of these has chosen a way to log in, which nothing of another is mixed into.
-_S3_LOGINS = ("key", "secret", "token", "anon", "profile", "session", "username", "password")
-_AZURE_LOGINS = ("account_key", "client_secret", "connection_string", "credential", "sas_token", "anon")
-_AZURE_NAMES = ("account_key", "tenant_id", "client_id", "client_secret")
-
-
-def resolved(protocol: str, given: StorageOptions) -> dict[str, Any]:
-    """Fill in what the caller did not give.
-
-    Asked in this order: what `flyte.init(storage=...)` was given, the `FLYTE_AWS_*` variables that Flyte sets in its
-    containers, and flytekit's configuration, which may come from its file. What nobody gives is left to fsspec's
-    configuration and the cloud SDK's own variables and files. Neither package is imported for it.
+class StateOptions(TypedDict, total=False):
+    """Options of whatever is saved; all may be left out.
 
     Parameters
     ----------
-    protocol : str
-        What stands before `://`.
-    given : mapping
-        Keyword arguments of the fsspec filesystem; they are never replaced.
-
-    Returns
-    -------
-    dict
+    storage_options : mapping, optional
+        Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`. What
+        is not given is taken from `flyte.init(storage=...)`, the `FLYTE_AWS_*` variables, flytekit's configuration,
+        fsspec's configuration and the cloud SDK, in this order.
+    memory_budget : int, default 256 MiB
+        Bytes that one save or load may hold in memory, however large the checkpoint. On S3, three upload parts are held
+        in any case: of 8 MiB each, or of a ten-thousandth of an object above 80 GB.
+    retries : int, default 8
+        Times that a request to an object store is repeated after a failure that may pass.
+    timeout : float, default 60
+        Seconds that an object store may be silent, and may take for 4 MiB, before a request counts as failed. Also the
+        seconds that a save waits for another saver on this machine that gives no sign of life.
+    restore_limit : int, optional
+        Bytes that the files of a checkpoint may have to be restored; more is an `UnsafeCheckpointError`. As much as the
+        disk has room for if not given.
     """
-    options = dict(given)
-    if protocol in _S3:
-        for configured in (*_flyte("S3"), _environment(), *_flytekit("s3")):
-            _fill_s3(options, configured)
-    elif protocol in _AZURE:
-        for configured in (*_flyte("ABFS"), *_flytekit("azure")):
-            _fill_azure(options, configured)
-    return options
+
+    storage_options: StorageOptions | None
+    memory_budget: int
+    retries: int
+    timeout: float
+    restore_limit: int | None
 
 
-class _Configured(dict[str, Any]):
-    """What a platform says, by the names of its own attributes; `None` where it says nothing."""
+class CheckpointOptions(StateOptions, total=False):
+    """Options of a task attempt's checkpoint, with either face: those of `StateOptions`, and one more.
 
-    def __missing__(self, name: str) -> None:
-        return None
+    Parameters
+    ----------
+    carry_forward : bool, default True
+        Whether the previous checkpoint, once loaded, is carried forward to `checkpoint_dest`, unless something is there
+        or is being saved: so that an attempt which dies before its first save does not lose it.
+    """
 
-
-def _flyte(kind: str) -> Iterator[_Configured]:
-    """Give what `flyte.init` was told, if it was told of this kind of store."""
-    if sys.modules.get("flyte.storage") is None:
-        return
-    import flyte.storage
-    from flyte._initialize import get_storage
-    from flyte.errors import InitializationError
-
-    with contextlib.suppress(InitializationError):
-        storage = get_storage()
-        if isinstance(storage, getattr(flyte.storage, kind)):
-            yield _Configured(vars(storage))
+    carry_forward: bool
 
 
-def _environment() -> _Configured:
-    """Give what Flyte sets in its containers."""
-    names = {
-        "endpoint": "FLYTE_AWS_ENDPOINT",
-        "access_key_id": "FLYTE_AWS_ACCESS_KEY_ID",
-        "secret_access_key": "FLYTE_AWS_SECRET_ACCESS_KEY",
-        "addressing_style": "FLYTE_AWS_S3_ADDRESSING_STYLE",
-    }
-    return _Configured({name: os.environ[variable] for name, variable in names.items() if variable in os.environ})
-
-
-def _flytekit(kind: str) -> Iterator[_Configured]:
-    """Give flytekit's configuration for a kind of store."""
-    if sys.modules.get("flytekit") is None:
-        return
-    from flytekit.core.context_manager import FlyteContextManager
-
-    found = getattr(FlyteContextManager.current_context().file_access.data_config, kind, None)
-    if found is not None:
-        # The name is flytekit's.
-        yield _Configured({**vars(found), "addressing_style": getattr(found, "adressing_style", None)})
-
-
-def _fill_s3(options: dict[str, Any], configured: _Configured) -> None:
-    client = options.get("client_kwargs") or {}
-    endpoint, key, secret = (configured[name] for name in ("endpoint", "access_key_id", "secret_access_key"))
-    if endpoint and "endpoint_url" not in options and "endpoint_url" not in client:
-        options["endpoint_url"] = endpoint
-    if key and secret and options.keys().isdisjoint(_S3_LOGINS) and not any(name.startswith("aws_") for name in client):
-        # Nor is a login of fsspec's configuration mixed in.
-        options.update(key=key, secret=secret, token=None, anon=False)
-    if configured["region"] and "region_name" not in client:
-        options["client_kwargs"] = {**client, "region_name": configured["region"]}
-    config = options.get("config_kwargs") or {}
-    if configured["addressing_style"] and "s3" not in config:
-        options["config_kwargs"] = {**config, "s3": {"addressing_style": configured["addressing_style"]}}
-
-
-def _fill_azure(options: dict[str, Any], configured: _Configured) -> None:
-    if configured["account_name"]:
-        options.setdefault("account_name", configured["account_name"])
-    if options.keys().isdisjoint(_AZURE_LOGINS):
-        options.update({name: configured[name] for name in _AZURE_NAMES if configured[name]})
+def check_names(options: Mapping[str, object], known: type, function: str) -> None:
+    """Refuse an option that there is not, as Python refuses a keyword argument."""
+    for name in options:
+        if name not in known.__annotations__:
+            message = f"{function}() got an unexpected keyword argument {name!r}"
+            raise TypeError(message)

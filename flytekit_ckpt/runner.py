@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flytekit_ckpt import context, errors, layout, restoration, storage
+from flytekit_ckpt import attempts, context, errors, layout, restoration, storage
 
 
 class TaskFailedError(Exception):
@@ -264,7 +264,7 @@ def _attempt(
         function = _loaded(target)
         arguments = _arguments(function, inputs)
         context.install()
-        context.set_runner_checkpoint(destination, source)
+        attempts.set_runner_checkpoint(destination, source)
         events.send(("started", None))
         value = function(**arguments)
         if inspect.iscoroutine(value):

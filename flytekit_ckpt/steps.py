@@ -8,14 +8,16 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from flytekit_ckpt import layout, state, storage, termination
 from flytekit_ckpt.background_saves import BackgroundSaves
 from flytekit_ckpt.entries import stream_entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError
-from flytekit_ckpt.options import StorageOptions
-from flytekit_ckpt.pipeline import MEMORY_BUDGET
+from flytekit_ckpt.options import StateOptions, check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Metadata = Mapping[str, int | str | float | bool]
 """What a checkpoint may carry beside the state."""
@@ -48,30 +50,19 @@ class StateHandler:
         Whether states are saved in the background, in order. The state is taken at the call; an error is raised by the
         next call or by `wait_until_finished`. While two states are being saved, a third one waits. A process that ends
         normally finishes first.
-    storage_options : mapping, keyword only, optional
-        Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
-    memory_budget : int, keyword only, default 256 MiB
-        Bytes that one save or load may hold in memory beside the state itself.
-    retries : int, keyword only, default 8
-        Times that a request to an object store is repeated after a failure that may pass.
-    timeout : float, keyword only, default 60
-        Seconds that an object store may be silent, and may take for 4 MiB, before a request counts as failed.
-    restore_limit : int, keyword only, optional
-        Bytes that the files of a state may have to be restored; more is an `UnsafeCheckpointError`. Any if not given.
+    **options
+        Those of `flytekit_ckpt.options.StateOptions`: `storage_options`, `memory_budget`, `retries`, `timeout`,
+        `restore_limit`.
     """
 
     def __init__(
         self,
         async_checkpointing: bool = False,  # noqa: FBT001, FBT002 - datarax's signature
-        *,
-        storage_options: StorageOptions | None = None,
-        memory_budget: int = MEMORY_BUDGET,
-        retries: int = storage.RETRIES,
-        timeout: float = storage.TIMEOUT,
-        restore_limit: int | None = None,
+        **options: Unpack[StateOptions],
     ) -> None:
+        check_names(options, StateOptions, type(self).__name__)
         self.async_checkpointing = async_checkpointing
-        self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
+        self._settings = storage.Settings.of(options)
         self._background = BackgroundSaves() if async_checkpointing else None
 
     def save_to_directory(

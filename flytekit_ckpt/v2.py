@@ -18,11 +18,11 @@ from flytekit_ckpt.carry_forward import CarryForward
 from flytekit_ckpt.files import file_chunks
 from flytekit_ckpt.folders import folder_size, scan_folder
 from flytekit_ckpt.locks import ForkSafeLock, Queue
-from flytekit_ckpt.options import StorageOptions
-from flytekit_ckpt.pipeline import MEMORY_BUDGET, Callback, Chunk
+from flytekit_ckpt.options import CheckpointOptions, check_names
+from flytekit_ckpt.pipeline import Callback, Chunk
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 Savable = os.PathLike[str] | str | bytes | bytearray | memoryview
 """What can be saved: the path of a file or folder, or bytes."""
@@ -67,21 +67,9 @@ class Checkpoint(BaseCheckpoint):
     checkpoint_src : str, optional
         URI or path of the object that the previous attempt saved, with either face, or of the folder that flytekit 1
         saved. Blank, or a pair of quotes, means that there was none.
-    storage_options : mapping, keyword only, optional
-        Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`.
-    memory_budget : int, keyword only, default 256 MiB
-        Bytes that one save or load may hold in memory, however large the checkpoint. On S3, three parts are held in any
-        case: of 8 MiB each, or of a ten-thousandth of an object above 80 GB.
-    retries : int, keyword only, default 8
-        Times that a request to an object store is repeated after a failure that may pass.
-    timeout : float, keyword only, default 60
-        Seconds that an object store may be silent, and may take for 4 MiB, before a request counts as failed.
-    restore_limit : int, keyword only, optional
-        Bytes that the files of the previous checkpoint may have to be restored; more is an `UnsafeCheckpointError`. As
-        much as the disk has room for if not given.
-    carry_forward : bool, keyword only, default True
-        Whether the previous checkpoint, once loaded, is copied to `checkpoint_dest` in the background, unless something
-        is there or is being saved: so that an attempt which dies before its first save does not lose it.
+    **options
+        Those of `flytekit_ckpt.options.CheckpointOptions`: `storage_options`, `memory_budget`, `retries`, `timeout`,
+        `restore_limit`, `carry_forward`.
 
     Examples
     --------
@@ -95,19 +83,14 @@ class Checkpoint(BaseCheckpoint):
         self,
         checkpoint_dest: str,
         checkpoint_src: str | None = None,
-        *,
-        storage_options: StorageOptions | None = None,
-        memory_budget: int = MEMORY_BUDGET,
-        retries: int = storage.RETRIES,
-        timeout: float = storage.TIMEOUT,
-        restore_limit: int | None = None,
-        carry_forward: bool = True,
+        **options: Unpack[CheckpointOptions],
     ) -> None:
+        check_names(options, CheckpointOptions, type(self).__name__)
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
-        self._settings = storage.Settings(storage_options or {}, memory_budget, retries, timeout, restore_limit)
+        self._settings = storage.Settings.of(options)
         self._carry_forward = CarryForward(
-            self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=carry_forward
+            self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=options.get("carry_forward", True)
         )
         self._workspace: Path | None = None
         self._loaded: Path | None = None

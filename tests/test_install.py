@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import flytekit_ckpt
-from flytekit_ckpt import SyncCheckpoint, UnsafeCheckpointError, context, v2
+from flytekit_ckpt import SyncCheckpoint, UnsafeCheckpointError, attempts, installation, v2
 from tests.platforms import Flyte1, Flyte2, Platform, on_flyte, on_flytekit, retries_at_once
 
 # A user's module: its names come from every place that has them.
@@ -549,7 +549,7 @@ def test_the_innermost_task_is_the_one_that_is_asked_for(tmp_path: Path, monkeyp
     import flyte
 
     outer = str(tmp_path / "outer")
-    monkeypatch.setattr(context, "_runners", [context._Attempt(outer, None)])
+    monkeypatch.setattr(attempts, "runners", [attempts.Attempt(outer, None)])
 
     def work() -> bool:
         return flytekit_ckpt.current_checkpoint()._checkpoint_dest == flyte.ctx().checkpoint.remote_destination  # type: ignore[attr-defined]
@@ -570,7 +570,7 @@ def test_the_innermost_task_is_the_one_that_is_asked_for(tmp_path: Path, monkeyp
 def test_an_attempt_that_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
     import gc
 
-    before = len(context._attempts)
+    before = len(attempts.attempts)
     flytekit_ckpt.install()
     try:
 
@@ -585,10 +585,10 @@ def test_an_attempt_that_is_over_leaves_nothing_behind(tmp_path: Path) -> None:
         flytekit_ckpt.uninstall()
     # The threads that ran it may still be at their ends.
     deadline = time.monotonic() + 30
-    while len(context._attempts) > before and time.monotonic() < deadline:
+    while len(attempts.attempts) > before and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.05)
-    assert len(context._attempts) <= before
+    assert len(attempts.attempts) <= before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,10 +600,10 @@ def test_options_hold_for_every_attempt_until_they_are_given_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     SyncCheckpoint(str(tmp_path / "before")).write(b"0123456789")
-    monkeypatch.setattr(context, "_runners", [])
+    monkeypatch.setattr(attempts, "runners", [])
 
     def read() -> bytes | None:
-        context.set_runner_checkpoint("", str(tmp_path / "before"))
+        attempts.set_runner_checkpoint("", str(tmp_path / "before"))
         return flytekit_ckpt.current_checkpoint().read()
 
     try:
@@ -625,8 +625,8 @@ def test_options_hold_for_every_attempt_until_they_are_given_anew(
 def test_an_unknown_option_is_an_error_and_installs_nothing() -> None:
     with pytest.raises(TypeError, match="retires"):
         flytekit_ckpt.install(retires=3)
-    assert not context._installed
-    assert not context._options
+    assert not installation._installed
+    assert not attempts.options_of_attempts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flytekit_ckpt import StorageError, SyncCheckpoint
-from flytekit_ckpt.options import resolved
+from flytekit_ckpt.credentials import resolved
 from tests.conftest import Place
 from tests.platforms import EXAMPLES, Flyte1
 
@@ -56,7 +56,7 @@ def resolved_after(code: str, tmp_path: Path, protocol: str = "s3", **given: obj
 import json, os
 os.environ["FLYTECTL_CONFIG"] = {str(file)!r}
 {textwrap.dedent(code)}
-from flytekit_ckpt.options import resolved
+from flytekit_ckpt.credentials import resolved
 print(json.dumps(resolved({protocol!r}, {given!r})))
 """
     return json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flytekit_ckpt.options import resolved
+from flytekit_ckpt.credentials import resolved
 from flytekit_ckpt.pipeline import Chunk, Range
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, tried_again
 from flytekit_ckpt.storage.objects import (

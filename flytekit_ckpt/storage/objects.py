@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from flytekit_ckpt.options import StorageOptions
+from flytekit_ckpt.options import StateOptions, StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Chunk, Range, in_order
 from flytekit_ckpt.storage.failures import GivenUpError, reported
 
@@ -55,6 +55,17 @@ class Settings:
     timeout: float = TIMEOUT
     restore_limit: int | None = None
     cancelled: threading.Event | None = None
+
+    @classmethod
+    def of(cls, options: StateOptions) -> Settings:
+        """Take the options that a user gave."""
+        return cls(
+            options.get("storage_options") or {},
+            options.get("memory_budget", MEMORY_BUDGET),
+            options.get("retries", RETRIES),
+            options.get("timeout", TIMEOUT),
+            options.get("restore_limit"),
+        )
 
     @property
     def share(self) -> int:

@@ -322,7 +322,7 @@ def test_a_path_that_is_not_there_is_file_not_found_in_both(place: Place, tmp_pa
 def test_names_and_parameters_are_flytes(name: str) -> None:
     given_ = inspect.signature(getattr(v2.Checkpoint, name)).parameters.values()
     wanted = inspect.signature(getattr(flyte.Checkpoint, name)).parameters.values()
-    assert [(p.name, p.default) for p in given_ if p.kind is not p.KEYWORD_ONLY] == [
+    assert [(p.name, p.default) for p in given_ if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)] == [
         (p.name, p.default) for p in wanted
     ]
     is_async = inspect.iscoroutinefunction(getattr(flyte.Checkpoint, name))

@@ -192,7 +192,7 @@ def test_names_parameters_and_class_attributes_are_flytekits(name: str) -> None:
     for method in ("__init__", "prev_exists", "restore", "save", "read", "write"):
         wanted = inspect.signature(getattr(flytekits, method)).parameters.values()
         given = inspect.signature(getattr(ours, method)).parameters.values()
-        positional = [(p.name, p.default) for p in given if p.kind is not p.KEYWORD_ONLY]
+        positional = [(p.name, p.default) for p in given if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
         assert positional == [(p.name, p.default) for p in wanted], method
 
 

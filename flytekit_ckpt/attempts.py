@@ -1,0 +1,127 @@
+"""Which attempt runs here, and its checkpoint with either face."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import types
+import weakref
+from typing import Any, cast
+
+from flytekit_ckpt import errors, v2
+from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
+from flytekit_ckpt.replacement import original
+
+# Keyword arguments of either face, as `install` was given them.
+options_of_attempts: dict[str, Any] = {}
+
+
+class Attempt:
+    """One attempt's checkpoint: both faces of it, each made when it is first asked for."""
+
+    def __init__(self, destination: str, source: str | None) -> None:
+        self._places = destination, source
+
+    @functools.cached_property
+    def legacy(self) -> SyncCheckpoint:
+        return SyncCheckpoint(*self._places, **options_of_attempts)
+
+    @functools.cached_property
+    def new(self) -> v2.Checkpoint:
+        return v2.Checkpoint(*self._places, **options_of_attempts)
+
+
+# For whoever asks first, and for taking names over: every thread must see the same.
+lock = threading.RLock()
+
+# A fork must not come with the lock of a thread that it does not have.
+os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+# Both Flytes make one checkpoint of their own for every attempt, which tells the attempts of a process apart.
+attempts: weakref.WeakKeyDictionary[Any, Attempt] = weakref.WeakKeyDictionary()
+
+# The local runner gives a whole process to an attempt, and the attempt may start threads of its own, which would not
+# see a context variable.
+runners: list[Attempt] = []
+
+
+def set_runner_checkpoint(destination: str, source: str | None) -> None:
+    """Make a checkpoint the current one for the rest of this process; called by the local runner."""
+    runners.append(Attempt(destination, source))
+
+
+def attempt_of(theirs: Any, destination: str, source: str | None) -> Attempt:
+    """Give the attempt that a checkpoint of flytekit's or flyte's own belongs to."""
+    if theirs not in attempts:
+        attempts[theirs] = Attempt(destination, source)
+    return attempts[theirs]
+
+
+def runner_attempt() -> Attempt | None:
+    """Give the attempt that the local runner has begun in this process."""
+    return runners[-1] if runners else None
+
+
+def of_runner() -> SyncCheckpoint | None:
+    """Give the legacy checkpoint of the local runner's attempt."""
+    with lock:
+        attempt = runner_attempt()
+        return attempt.legacy if attempt is not None else None
+
+
+def of_flyte() -> SyncCheckpoint | None:
+    """Give the legacy checkpoint of the task that runs on flyte."""
+    # Not by an import statement: that waits for threads that are importing the package, and `_patch` has those wait for
+    # this lock.
+    flyte: Any = sys.modules.get("flyte")
+    with lock:
+        attempt = flyte_attempt(flyte.ctx()) if isinstance(flyte, types.ModuleType) and hasattr(flyte, "ctx") else None
+        return attempt.legacy if attempt is not None else None
+
+
+def flyte_attempt(task: Any) -> Attempt | None:
+    """What belongs to a `flyte.models.TaskContext`."""
+    checkpoint = original(type(task), "checkpoint")
+    # Releases before 2.1.3 have none.
+    theirs = checkpoint.fget(task) if checkpoint is not None else None
+    return attempt_of(theirs, theirs.remote_destination, theirs.remote_source) if theirs is not None else None
+
+
+def of_flytekit() -> Checkpoint | None:
+    """The checkpoint that flytekit was given, in its container or its local sandbox."""
+    if sys.modules.get("flytekit") is None:
+        return None
+    import flytekit
+
+    try:
+        return taken_over(flytekit.current_context().checkpoint)
+    except NotImplementedError:
+        return None
+
+
+def taken_over(theirs: Any) -> Checkpoint:
+    """The legacy face in place of flytekit's own checkpoint; any other, a subclass too, is the user's."""
+    kind = type(theirs)
+    if (kind.__module__, kind.__qualname__) != ("flytekit.core.checkpointer", "SyncCheckpoint"):
+        return cast("Checkpoint", theirs)
+    with lock:
+        # flytekit has no public name for the two prefixes.
+        return attempt_of(theirs, theirs._checkpoint_dest, theirs._checkpoint_src).legacy
+
+
+def unavailable() -> errors.CheckpointUnavailableError:
+    """Make the error for code that no checkpoint belongs to."""
+    flyte = sys.modules.get("flyte")
+    if isinstance(flyte, types.ModuleType) and hasattr(flyte, "TaskEnvironment") and not hasattr(flyte, "Checkpoint"):
+        message = (
+            f"flyte {getattr(flyte, '__version__', '')} gives its tasks no checkpoints. "
+            "Update it to 2.1.3 or later, or make a flytekit_ckpt.SyncCheckpoint(destination, source) of your own"
+        )
+        return errors.CheckpointUnavailableError(message)
+    message = (
+        "no checkpoint belongs to this code: it runs neither as a Flyte task nor under `flytekit-ckpt run`. "
+        "Outside of both, make a flytekit_ckpt.SyncCheckpoint(destination, source) of your own"
+    )
+    return errors.CheckpointUnavailableError(message)
