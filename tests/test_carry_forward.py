@@ -226,7 +226,7 @@ def test_a_server_that_knows_conditions_is_given_one(s3: Place, size: int, monke
     monkeypatch.setattr(parts, "COPY_SIZE", 6 << 20)
     source, first = attempt(SyncCheckpoint, s3, None)
     first.write(os.urandom(size))
-    real = s3_objects._sent
+    real = s3_objects.send_request
     conditions = []
 
     async def sent(filesystem: Any, method: str, headers: Any, **arguments: Any) -> Any:
@@ -237,7 +237,7 @@ def test_a_server_that_knows_conditions_is_given_one(s3: Place, size: int, monke
         refusal.response = {"Error": {"Code": "PreconditionFailed"}}  # type: ignore[attr-defined]
         raise refusal
 
-    monkeypatch.setattr(s3_objects, "_sent", sent)
+    monkeypatch.setattr(s3_objects, "send_request", sent)
     target = storage.at(s3.uri(), s3.settings)
     with pytest.raises(storage.ConflictError):
         storage.at(source, s3.settings).copy_to(target, lambda: False, {})

@@ -6,29 +6,19 @@ its filesystems hold do better.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import Chunk, Range
-from flytekit_ckpt.storage import forks
 from flytekit_ckpt.storage.failures import ConflictError, s3_code
-from flytekit_ckpt.storage.general import FsspecObject, in_folders
+from flytekit_ckpt.storage.general import in_folders
 from flytekit_ckpt.storage.objects import ANYTHING, PART_SIZE, Metadata, Replaced, State, Stored, StoredObject, Written
-
-PACE = 4 << 20
-"""Bytes for which a request may take another `timeout`; one that is slower counts as failed, if never silent."""
-
-CONNECT_TIMEOUT = 10.0
-"""Seconds at most for a connection to be made."""
-
-# Tells the objects of this upload from those of any other.
-UPLOAD = "upload"
+from flytekit_ckpt.storage.requested import UPLOAD, RequestedObject
 
 
 class Found(NamedTuple):
@@ -39,7 +29,7 @@ class Found(NamedTuple):
     metadata: Metadata
 
 
-class AsyncObject(FsspecObject):
+class AsyncObject(RequestedObject):
     """An object in a store that is asked over the connections of fsspec's asynchronous filesystem."""
 
     _conflicts: ClassVar[frozenset[str]]
@@ -206,20 +196,6 @@ class AsyncObject(FsspecObject):
         # Stores differ in the case of its names.
         found = {name.lower(): value for name, value in (metadata or {}).items()}
         return {name.removeprefix(self._prefix): found[name] for name in found if name.startswith(self._prefix)}
-
-    def _requested(self, request: Callable[[Any], Any], moved: int = 0) -> Any:
-        """Send a request that moves about so many bytes, again where its failure may pass."""
-        from fsspec.asyn import sync
-
-        filesystem = self._filesystem
-        forks.remember(filesystem)
-        limit = self._settings.timeout * (1 + moved / PACE)
-
-        async def limited() -> Any:
-            # Not left to go on: it could come to its end after a later one.
-            return await asyncio.wait_for(request(filesystem), limit)
-
-        return self._retrying(lambda: sync(filesystem.loop, limited))
 
 
 def refused(status: int, code: str, message: str) -> OSError:

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
-from flytekit_ckpt.storage.asynchronous import CONNECT_TIMEOUT, PACE, UPLOAD, AsyncObject, Found, refused
+from flytekit_ckpt.storage.asynchronous import AsyncObject, Found, refused
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, IncompleteAnswerError, s3_code
 from flytekit_ckpt.storage.general import _filesystem_class
 from flytekit_ckpt.storage.objects import (
@@ -26,6 +26,7 @@ from flytekit_ckpt.storage.objects import (
     Written,
 )
 from flytekit_ckpt.storage.parts import divide
+from flytekit_ckpt.storage.requested import CONNECT_TIMEOUT, PACE, UPLOAD
 
 _BETWEEN_LOOKS = 0.5
 """Seconds after which a copy that the server makes is looked at again."""

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
-from flytekit_ckpt.storage.asynchronous import CONNECT_TIMEOUT, PACE, UPLOAD, AsyncObject, Found, refused
+from flytekit_ckpt.storage.asynchronous import AsyncObject, Found, refused
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, IncompleteAnswerError, s3_code
 from flytekit_ckpt.storage.objects import PART_SIZE, Anything, Metadata, Replaced, StoredObject, Written
 from flytekit_ckpt.storage.parts import equal_parts
+from flytekit_ckpt.storage.requested import CONNECT_TIMEOUT, PACE, UPLOAD
 
 # Reads of an object that is replaced again and again between two requests.
 _TRIES = 5

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import contextvars
-import functools
 import itertools
 import logging
 import time
@@ -15,14 +12,12 @@ from typing import Any, NamedTuple
 
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, Range, in_order
-from flytekit_ckpt.storage import forks
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, IncompleteAnswerError, s3_code
-from flytekit_ckpt.storage.general import FsspecObject, in_folders
+from flytekit_ckpt.storage.general import in_folders
 from flytekit_ckpt.storage.objects import (
     ANYTHING,
     CONCURRENCY,
     PART_SIZE,
-    Anything,
     Metadata,
     Replaced,
     State,
@@ -31,28 +26,26 @@ from flytekit_ckpt.storage.objects import (
     Written,
 )
 from flytekit_ckpt.storage.parts import copied_ranges, divide
+from flytekit_ckpt.storage.requested import CONNECT_TIMEOUT, PACE, UPLOAD, RequestedObject
+from flytekit_ckpt.storage.s3_client import (
+    CHANGED,
+    CONFLICTS,
+    condition,
+    filesystem_kind,
+    metadata_of,
+    prefixed,
+    send_request,
+    version_of,
+)
 from flytekit_ckpt.storage.uris import public
 
 logger = logging.getLogger("flytekit_ckpt")
-
-PACE = 4 << 20
-"""Bytes for which a request may take another `timeout`; one that is slower counts as failed, if never silent."""
-
-CONNECT_TIMEOUT = 10.0
-"""Seconds at most for a connection to be made."""
-
-# Not with underscores: there are proxies that drop such headers.
-_PREFIX = "flytekit-ckpt-"
-
-# Tells the objects of this upload from those of any other.
-_UPLOAD = "upload"
-
 
 _BETWEEN_ABORTS = (0.1, 0.5, 0.0)
 """Seconds to wait after each."""
 
 
-class S3Object(FsspecObject):
+class S3Object(RequestedObject):
     """An object on S3."""
 
     @property
@@ -65,7 +58,7 @@ class S3Object(FsspecObject):
             "retries": {"total_max_attempts": 1},
             **(self._options.get("config_kwargs") or {}),
         }
-        return _filesystem_kind()(**{**self._options, "config_kwargs": config}, use_listings_cache=False)
+        return filesystem_kind()(**{**self._options, "config_kwargs": config}, use_listings_cache=False)
 
     def _put(
         self,
@@ -85,25 +78,25 @@ class S3Object(FsspecObject):
                 return self._put_whole(head[0], describe(), replaced)
             return self._put_parts(itertools.chain(head, parts), describe(), self._key, previous, replaced)
         except StorageError as error:
-            if replaced is not ANYTHING and s3_code(error) in _CHANGED:
+            if replaced is not ANYTHING and s3_code(error) in CHANGED:
                 raise ConflictError from error
             raise
 
     def _put_whole(self, content: bytes, metadata: Metadata, replaced: Replaced) -> Written:
         token = uuid.uuid4().hex
-        described = metadata if replaced is ANYTHING else {**metadata, _UPLOAD: token}
-        arguments = {"Body": content, "Metadata": _metadata(described)}
+        described = metadata if replaced is ANYTHING else {**metadata, UPLOAD: token}
+        arguments = {"Body": content, "Metadata": prefixed(described)}
         with self._reporting("write"):
             try:
-                answer = self._call("put_object", moved=len(content), headers=_condition(replaced), **arguments)
+                answer = self._call("put_object", moved=len(content), headers=condition(replaced), **arguments)
             except OSError as error:
-                if s3_code(error) not in _CONFLICTS:
+                if s3_code(error) not in CONFLICTS:
                     raise
                 # It may be this very object that is in the way: the answer to an earlier try was lost.
                 answer = self._uploaded(token)
                 if answer is None:
                     raise ConflictError from error
-            return Written(len(content), _version(answer))
+            return Written(len(content), version_of(answer))
 
     def _uploaded(self, token: str) -> Mapping[str, Any] | None:
         """What the server says of the object, if it is the one with this token."""
@@ -111,7 +104,7 @@ class S3Object(FsspecObject):
             found: Mapping[str, Any] = self._call("head_object")
         except FileNotFoundError:
             return None
-        return found if _described(found).get(_UPLOAD) == token else None
+        return found if metadata_of(found).get(UPLOAD) == token else None
 
     def _put_parts(
         self,
@@ -124,7 +117,7 @@ class S3Object(FsspecObject):
         """Upload an object in parts; ranges are those of the object with the key `source`, as it was written."""
         token = uuid.uuid4().hex
         with self._reporting("write"):
-            described = _metadata({**metadata, _UPLOAD: token})
+            described = prefixed({**metadata, UPLOAD: token})
             upload = self._call("create_multipart_upload", Metadata=described)["UploadId"]
 
         def send(part: tuple[int, bytes | Range]) -> tuple[int, dict[str, Any]]:
@@ -167,13 +160,15 @@ class S3Object(FsspecObject):
                 # Not every server looks at the condition: Ceph's gateway does not where an upload is completed. So it
                 # is looked at here too, each time that this is tried.
                 try:
-                    found = _version(await filesystem._call_s3("head_object", Bucket=bucket, Key=key))
+                    found = version_of(await filesystem._call_s3("head_object", Bucket=bucket, Key=key))
                 except FileNotFoundError:
                     found = None
                 if found != (None if replaced is None else replaced.version):
                     raise ConflictError
-            headers = _condition(replaced)
-            return await _sent(filesystem, "complete_multipart_upload", headers, Bucket=bucket, Key=key, **arguments)
+            headers = condition(replaced)
+            return await send_request(
+                filesystem, "complete_multipart_upload", headers, Bucket=bucket, Key=key, **arguments
+            )
 
         try:
             # The server may take long over ten thousand parts.
@@ -183,15 +178,15 @@ class S3Object(FsspecObject):
             with contextlib.suppress(Exception):
                 uploaded = self._uploaded(token)
                 if uploaded is not None:
-                    return _version(uploaded)
-            if replaced is not ANYTHING and s3_code(error) in {*_CONFLICTS, "NoSuchUpload"}:
+                    return version_of(uploaded)
+            if replaced is not ANYTHING and s3_code(error) in {*CONFLICTS, "NoSuchUpload"}:
                 raise ConflictError from error
             raise
-        if _version(answer):
-            return _version(answer)
+        if version_of(answer):
+            return version_of(answer)
         # Ceph's gateway leaves the tag out of this one answer; and somebody may have replaced the object already.
         uploaded = self._uploaded(token)
-        return f"{token}, replaced" if uploaded is None else _version(uploaded)
+        return f"{token}, replaced" if uploaded is None else version_of(uploaded)
 
     def _copy_part(self, source: str, part: Range, previous: Written | None, arguments: dict[str, Any]) -> str:
         bucket, _, key = source.partition("/")
@@ -213,7 +208,7 @@ class S3Object(FsspecObject):
                 found = self._call("head_object")
             except FileNotFoundError:
                 return None
-        size, described = int(found["ContentLength"]), {**_described(found), **mark}
+        size, described = int(found["ContentLength"]), {**metadata_of(found), **mark}
         if given_up():
             raise GivenUpError
         if size <= PART_SIZE:
@@ -226,7 +221,7 @@ class S3Object(FsspecObject):
                     raise GivenUpError
                 yield part
 
-        return target._put_parts(parts(), described, self._key, Written(size, _version(found)), None)
+        return target._put_parts(parts(), described, self._key, Written(size, version_of(found)), None)
 
     def exists(self) -> bool:
         return self._current_version() is not None
@@ -255,7 +250,7 @@ class S3Object(FsspecObject):
             except PermissionError:
                 # Who may not list is not told that nothing is there.
                 return State(None)
-        return State(Written(int(found["ContentLength"]), _version(found)), _described(found))
+        return State(Written(int(found["ContentLength"]), version_of(found)), metadata_of(found))
 
     def _listed_beside(self) -> tuple[bool, bool]:
         """Tell whether the object is there, and whether others are below it: mostly in one request for both."""
@@ -274,7 +269,7 @@ class S3Object(FsspecObject):
             raise ConflictError
 
     def _head_version(self) -> str:
-        return _version(self._call("head_object"))
+        return version_of(self._call("head_object"))
 
     def _at(self, key: str) -> S3Object:
         return self if key == self._key else S3Object(f"s3://{key}", self._settings)
@@ -292,7 +287,7 @@ class S3Object(FsspecObject):
                 if s3_code(error) not in ("InvalidRange", "416"):
                     raise
                 found = self._call("head_object")
-                head = _Piece([], 0, _version(found), _described(found))
+                head = _Piece([], 0, version_of(found), metadata_of(found))
 
         def chunks() -> Iterator[Chunk]:
             yield from head.chunks
@@ -305,7 +300,7 @@ class S3Object(FsspecObject):
         try:
             yield from self._pieces(part, written.version)
         except StorageError as error:
-            if s3_code(error) in _CHANGED:
+            if s3_code(error) in CHANGED:
                 raise ConflictError from error
             raise
 
@@ -366,7 +361,7 @@ class S3Object(FsspecObject):
             if sum(map(len, chunks)) != min(part.length, size - part.start):
                 message = "the answer ends early"
                 raise IncompleteAnswerError(message)
-            return _Piece(chunks, size, _version(answer), _described(answer))
+            return _Piece(chunks, size, version_of(answer), metadata_of(answer))
 
         answer: _Piece = self._requested(request, part.length)
         return answer
@@ -376,47 +371,9 @@ class S3Object(FsspecObject):
         bucket, _, key = self._key.partition("/")
 
         async def request(filesystem: Any) -> Any:
-            return await _sent(filesystem, method, headers or {}, Bucket=bucket, Key=key, **arguments)
+            return await send_request(filesystem, method, headers or {}, Bucket=bucket, Key=key, **arguments)
 
         return self._requested(request, moved)
-
-    def _requested(self, request: Callable[[Any], Any], moved: int) -> Any:
-        from fsspec.asyn import sync
-
-        filesystem = self._filesystem
-        forks.remember(filesystem)
-        limit = self._settings.timeout * (1 + moved / PACE)
-
-        async def limited() -> Any:
-            # Not left to go on: it could come to its end after a later one.
-            return await asyncio.wait_for(request(filesystem), limit)
-
-        return self._retrying(lambda: sync(filesystem.loop, limited))
-
-
-async def _sent(filesystem: Any, method: str, headers: Mapping[str, str], **arguments: Any) -> Any:
-    """Send a request with headers that not every botocore has a name for."""
-    if headers:
-        client = await filesystem.set_session()
-        client.meta.events.register("before-call.s3", _add_headers, unique_id=_add_headers.__qualname__)
-        _headers.set(headers)
-    return await filesystem._call_s3(method, **arguments)
-
-
-# Of the request that the running task sends.
-_headers: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("_headers", default={})  # noqa: B039
-
-
-def _add_headers(params: dict[str, Any], **_: Any) -> None:
-    params["headers"].update(_headers.get())
-
-
-def _condition(replaced: Replaced) -> dict[str, str]:
-    """Give the headers under which a request takes the place of this and nothing else."""
-    if isinstance(replaced, Anything):
-        return {}
-    # Not in quotes: older gateways of Ceph compare it letter by letter.
-    return {"If-None-Match": "*"} if replaced is None else {"If-Match": str(replaced.version)}
 
 
 class _Piece(NamedTuple):
@@ -426,42 +383,3 @@ class _Piece(NamedTuple):
     size: int
     version: str | None
     metadata: Metadata
-
-
-@functools.cache
-def _filesystem_kind() -> Any:
-    from s3fs import S3FileSystem
-
-    class SingleTryFileSystem(S3FileSystem):  # type: ignore[misc]
-        """Leaves it to its user to try again: retries of retries would multiply."""
-
-        retries = 1
-
-        @staticmethod
-        def close_session(loop: Any, s3: Any) -> None:
-            if not forks.is_inherited(loop):
-                S3FileSystem.close_session(loop, s3)
-
-    return SingleTryFileSystem
-
-
-def _version(answer: Mapping[str, Any]) -> str:
-    # Servers differ in which of their answers put the tag in quotes.
-    return str(answer.get("ETag", "")).strip('"')
-
-
-def _metadata(described: Metadata) -> dict[str, str]:
-    return {_PREFIX + name: value for name, value in described.items()}
-
-
-def _described(answer: Mapping[str, Any]) -> Metadata:
-    # Servers differ in the case of its names.
-    found = {name.lower(): value for name, value in (answer.get("Metadata") or {}).items()}
-    return {name.removeprefix(_PREFIX): value for name, value in found.items() if name.startswith(_PREFIX)}
-
-
-# What S3 answers to a request for a part of an object that is another one by now, or gone.
-_CHANGED = {"PreconditionFailed", "412", "NoSuchKey", "404", "InvalidRange", "416"}
-
-# What it answers to one whose condition does not hold, or not any more, because another one came first.
-_CONFLICTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}

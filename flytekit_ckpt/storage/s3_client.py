@@ -1,0 +1,82 @@
+"""How S3 is spoken to through s3fs: its filesystem, headers of a request, and what its answers are taken for."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from flytekit_ckpt.storage import forks
+from flytekit_ckpt.storage.objects import Anything, Metadata, Replaced
+
+# Not with underscores: there are proxies that drop such headers.
+PREFIX = "flytekit-ckpt-"
+
+
+async def send_request(filesystem: Any, method: str, headers: Mapping[str, str], **arguments: Any) -> Any:
+    """Send a request with headers that not every botocore has a name for."""
+    if headers:
+        client = await filesystem.set_session()
+        client.meta.events.register("before-call.s3", _add_headers, unique_id=_add_headers.__qualname__)
+        _headers.set(headers)
+    return await filesystem._call_s3(method, **arguments)
+
+
+# Of the request that the running task sends.
+_headers: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("_headers", default={})  # noqa: B039
+
+
+def _add_headers(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].update(_headers.get())
+
+
+def condition(replaced: Replaced) -> dict[str, str]:
+    """Give the headers under which a request takes the place of this and nothing else."""
+    if isinstance(replaced, Anything):
+        return {}
+    # Not in quotes: older gateways of Ceph compare it letter by letter.
+    return {"If-None-Match": "*"} if replaced is None else {"If-Match": str(replaced.version)}
+
+
+@functools.cache
+def filesystem_kind() -> Any:
+    """Make s3fs's filesystem without retries of its own; imported when S3 is first used."""
+    from s3fs import S3FileSystem
+
+    class SingleTryFileSystem(S3FileSystem):  # type: ignore[misc]
+        """Leaves it to its user to try again: retries of retries would multiply."""
+
+        retries = 1
+
+        @staticmethod
+        def close_session(loop: Any, s3: Any) -> None:
+            if not forks.is_inherited(loop):
+                S3FileSystem.close_session(loop, s3)
+
+    return SingleTryFileSystem
+
+
+def version_of(answer: Mapping[str, Any]) -> str:
+    """Return the entity tag in an answer."""
+    # Servers differ in which of their answers put the tag in quotes.
+    return str(answer.get("ETag", "")).strip('"')
+
+
+def prefixed(metadata: Metadata) -> dict[str, str]:
+    """Return metadata under the names that it has on S3."""
+    return {PREFIX + name: value for name, value in metadata.items()}
+
+
+def metadata_of(answer: Mapping[str, Any]) -> Metadata:
+    """Return this package's metadata in an answer."""
+    # Servers differ in the case of its names.
+    found = {name.lower(): value for name, value in (answer.get("Metadata") or {}).items()}
+    return {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
+
+
+# What S3 answers to a request for a part of an object that is another one by now, or gone.
+CHANGED = {"PreconditionFailed", "412", "NoSuchKey", "404", "InvalidRange", "416"}
+
+# What it answers to one whose condition does not hold, or not any more, because another one came first.
+CONFLICTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}
