@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import tempfile
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ def pytest_report_header() -> list[str]:
         f"Google Cloud Storage: {gcs_server.available()}",
         f"Azure Blob Storage: {azure_server.available()}",
     ]
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: compressed, they hold the time, and pytest-xdist's workers must agree."""
+    return argname if isinstance(val, bytes) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,8 +65,26 @@ class Place:
         return not self.root.startswith(("s3://", "gs://", "abfs://"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Have pytest-xdist's workers share one S3 server, which this process starts before the first of them."""
+    config = node.config
+    if not hasattr(config, "shared_s3"):
+        resources = contextlib.ExitStack()
+        config.add_cleanup(resources.close)
+        folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="s3-", ignore_cleanup_errors=True))
+        config.shared_s3 = asdict(resources.enter_context(s3_server.serve(Path(folder) / "server")))
+    node.workerinput["s3"] = config.shared_s3
+
+
 @pytest.fixture(scope="session")
-def s3_server_running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S3Server]:
+def s3_server_running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[s3_server.S3Server]:
+    shared = getattr(request.config, "workerinput", {}).get("s3")
+    if shared is not None:
+        yield s3_server.S3Server(**shared)
+        return
     with s3_server.serve(tmp_path_factory.mktemp("s3")) as server:
         yield server
 

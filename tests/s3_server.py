@@ -74,15 +74,40 @@ class S3Server:
         Its URL.
     key, secret
         The credentials of a user who may create buckets.
-    limited_user
-        Makes a user who may store so many bytes, and gives the credentials; `None` where users have no quota.
+    configuration
+        Ceph's configuration file; blank for another server.
     """
 
     kind: str
     endpoint: str
     key: str
     secret: str
-    limited_user: Callable[[int], tuple[str, str]] | None = None
+    configuration: str = ""
+
+    @property
+    def has_quotas(self) -> bool:
+        """Whether a user may be limited."""
+        return bool(self.configuration)
+
+    def limited_user(self, size: int) -> tuple[str, str]:
+        """Make a user who may store so many bytes, and give the credentials."""
+        credentials = _credentials()
+        name = f"limited-{credentials[0]}"
+        _create_user(self.configuration, name, *credentials)
+        quota = (f"--uid={name}", "--quota-scope=user")
+        _administer(self.configuration, "quota", "set", *quota, f"--max-size={size}")
+        _administer(self.configuration, "quota", "enable", *quota)
+        return credentials
+
+
+def _administer(configuration: str, *arguments: str) -> None:
+    command = ("radosgw-admin", f"--conf={configuration}", "--no-mon-config", "--name=client.rgw", *arguments)
+    subprocess.run(command, check=True, capture_output=True, timeout=_START_SECONDS)
+
+
+def _create_user(configuration: str, name: str, key: str, secret: str) -> None:
+    keys = (f"--access-key={key}", f"--secret={secret}")
+    _administer(configuration, "user", "create", f"--uid={name}", "--display-name=tests", *keys)
 
 
 def available() -> str:
@@ -169,26 +194,9 @@ def _ceph(folder: Path, capacity: str) -> Iterator[S3Server]:
         ceph.start("radosgw", "--name=client.rgw", "-f")
         ceph.wait_for_port("radosgw", gateway_port)
 
-        def administer(*arguments: str) -> None:
-            ceph.run("radosgw-admin", "--name=client.rgw", *arguments)
-
-        def create_user(name: str, key: str, secret: str) -> None:
-            administer(
-                "user", "create", f"--uid={name}", "--display-name=tests", f"--access-key={key}", f"--secret={secret}"
-            )
-
-        def limited_user(size: int) -> tuple[str, str]:
-            credentials = _credentials()
-            name = f"limited-{credentials[0]}"
-            create_user(name, *credentials)
-            quota = (f"--uid={name}", "--quota-scope=user")
-            administer("quota", "set", *quota, f"--max-size={size}")
-            administer("quota", "enable", *quota)
-            return credentials
-
-        create_user("tests", key, secret)
+        _create_user(str(configuration), "tests", key, secret)
         version = subprocess.check_output(["radosgw", "--version"], text=True).split()[2]
-        yield S3Server(f"Ceph RGW {version}", f"http://127.0.0.1:{gateway_port}", key, secret, limited_user)
+        yield S3Server(f"Ceph RGW {version}", f"http://127.0.0.1:{gateway_port}", key, secret, str(configuration))
 
 
 class _Processes:

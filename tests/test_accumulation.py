@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from flytekit_ckpt import CheckpointError, StorageError, SyncCheckpoint, adapter, layout, storage, v2
-from flytekit_ckpt.storage import failures, turns
+from flytekit_ckpt.storage import failures, general, turns
 from flytekit_ckpt.storage.s3 import S3Object
 from tests.conftest import Place
 from tests.platforms import Flyte1
@@ -228,6 +228,13 @@ def test_who_is_always_too_late_is_told(place: Place, monkeypatch: pytest.Monkey
     monkeypatch.setattr(adapter.Destination, "_try", lambda *_: (_ for _ in ()).throw(storage.ConflictError))
     with pytest.raises(StorageError, match="changed it 3 times"):
         saver(place, place.uri()).write(b"1")
+
+
+def test_a_store_that_knows_no_conditions_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    general._warn_of_no_conditions.cache_clear()
+    for number in range(3):
+        SyncCheckpoint(f"memory://conditions/{number}").write(b"1")
+    assert caplog.text.count("memory:// knows no conditional writes") == 1
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------

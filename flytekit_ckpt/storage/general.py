@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,8 @@ from flytekit_ckpt.storage.objects import (
     StoredObject,
     Written,
 )
+
+logger = logging.getLogger("flytekit_ckpt")
 
 
 class FsspecObject(StoredObject):
@@ -65,8 +69,10 @@ class FsspecObject(StoredObject):
                 with self._reporting("write"):
                     file.write(chunk)
                 written += len(chunk)
-            # There is no condition that every store knows.
-            self._compare(replaced)
+            if replaced is not ANYTHING:
+                # There is no condition that every store knows.
+                _warn_of_no_conditions(self._protocol)
+                self._compare(replaced)
             with self._reporting("write"):
                 file.close()
                 filesystem.end_transaction()
@@ -181,6 +187,16 @@ def in_folders(name: str) -> list[str]:
 
 # Stores that copy an object as a whole; file systems copy files piece by piece.
 _ATOMIC_COPIES = {"memory"}
+
+
+@functools.cache
+def _warn_of_no_conditions(protocol: str) -> None:
+    """Say once what a store cannot promise."""
+    logger.warning(
+        "%s:// knows no conditional writes: of two machines that save to one destination in the same moment, one may "
+        "replace what the other has saved",
+        protocol,
+    )
 
 
 def _filesystem_class(protocol: str) -> Any:

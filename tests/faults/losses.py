@@ -151,7 +151,7 @@ def refused_save(peer: type[Attempt], place: Place, previous: Content, refused: 
 
 def full_store(peer: type[Attempt], place: Place, rounds: int, seed: int) -> dict[str, Outcomes]:
     """Save to a store of which the user may have no more."""
-    if place.server is None or place.server.limited_user is None:
+    if not isinstance(place.server, s3_server.S3Server) or not place.server.has_quotas:
         message = "users have no quota here"
         raise UnsuitedError(message)
     outcomes = Outcomes()
@@ -163,7 +163,6 @@ def full_store(peer: type[Attempt], place: Place, rounds: int, seed: int) -> dic
 
 
 def _place_of_limited_user(server: s3_server.S3Server) -> Place:
-    assert server.limited_user is not None
     key, secret = server.limited_user(3 * MEBIBYTE)
     place = Place(f"s3://limited-{key}", {"endpoint_url": server.endpoint, "key": key, "secret": secret})
     connected(place).call_s3("create_bucket", Bucket=f"limited-{key}")
