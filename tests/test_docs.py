@@ -54,7 +54,8 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     """Give the blocks of a page that are to run: those of Python, and of commands of this package."""
-    text = page.read_text()
+    # The programs in examples/ are shown as they are.
+    text = re.sub(r'^--8<-- "(.+)"\n', lambda match: (ROOT / match[1]).read_text(), page.read_text(), flags=re.MULTILINE)
     found = []
     for match in _BLOCK.finditer(text):
         is_ours = match["language"] == "python" or match["code"].startswith("flytekit-ckpt ")
@@ -95,6 +96,7 @@ def test_every_block_runs(
         replaced = {"s3://bucket": s3.root, **dict(zip(names, options.values(), strict=True))}
     # flytekit looks for the module that a task is in.
     module = ModuleType("page")
+    module.__file__ = str(page)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for block in blocks(page):
         code = block.code
@@ -130,8 +132,10 @@ TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 # What programs do wrong, not what goes wrong for them.
 NOT_EXPLAINED = {"module {} has no attribute {}", "the content of {} can be read once only, before the next entry"}
 
-# What makes an error or a warning of its text, beside those whose names say so.
+# Names of what a message is assigned to, of what makes a warning of it, and of what returns a part of one.
+_MESSAGES = {"message", "_TRUNCATED", "_CODE_ADVICE"}
 _REPORTING = {"warn", "warning", "left_out"}
+_RETURNING = {"_advice", "reason"}
 
 
 def messages() -> set[str]:
@@ -139,31 +143,42 @@ def messages() -> set[str]:
     found = set()
     for path in (ROOT / "flytekit_ckpt").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Assign):
-                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-                values = [node.value] if names and names[0] in {"message", "_TRUNCATED"} else []
-            elif isinstance(node, ast.Call):
-                name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-                values = node.args if name.endswith("Error") or name in _REPORTING else []
-            else:
-                continue
-            found |= {text for value in values if (text := _text(value))}
-    # In the words of the log, and that of the log of all saves is none.
-    texts = {re.sub(r"%[sd]", "{}", text) for text in found if "%.3f" not in text}
-    return {text for text in texts if re.search(r"[a-z] [a-z]", text)} - NOT_EXPLAINED
+            found |= {text for value in _values(node) for text in _texts(value)}
+    # A text has words; what is logged of every save is no warning.
+    plain = {re.sub(r"%[sd]", "{}", text) for text in found if re.search(r"\w \w", text) and "%.3f" not in text}
+    return plain - NOT_EXPLAINED
 
 
-def _text(value: ast.expr) -> str:
+def _values(node: ast.AST) -> list[ast.expr]:
+    """Give the expressions in a statement or call that are messages."""
+    if isinstance(node, ast.Assign):
+        names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+        return [node.value] if names & _MESSAGES else []
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        return node.args if name.endswith("Error") or name in _REPORTING else []
+    if isinstance(node, ast.FunctionDef) and node.name in _RETURNING:
+        returned = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return)]
+        return [value for value in returned if value is not None]
+    return []
+
+
+def _texts(value: ast.expr) -> list[str]:
     if isinstance(value, ast.Constant):
-        return value.value if isinstance(value.value, str) else ""
+        return [value.value] if isinstance(value.value, str) else []
     if isinstance(value, ast.JoinedStr):
-        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in value.values)
-    return ""
+        return ["".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in value.values)]
+    if isinstance(value, ast.IfExp):
+        return _texts(value.body) + _texts(value.orelse)
+    if isinstance(value, ast.Dict):
+        return [text for item in value.values for text in _texts(item)]
+    return []
 
 
 def explained() -> list[str]:
     """Give the messages that the page explains: what stands in the code spans of its table rows' first cells."""
-    return re.findall(r"^\| `([^`]+)` \|", TROUBLESHOOTING.read_text().replace("``", "`"), re.MULTILINE)
+    rows = re.findall(r"^\| (`+) ?(.+?) ?\1 \|", TROUBLESHOOTING.read_text(), re.MULTILINE)
+    return [text for _, text in rows if " " in text]
 
 
 def fits(text: str, message: str) -> bool:
