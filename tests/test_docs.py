@@ -30,6 +30,7 @@ _BLOCK = re.compile(
     r"(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+_INCLUDED = re.compile(r'^--8<-- "(.+)"\n', re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -55,7 +56,7 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     """Give the blocks of a page that are to run: those of Python, and of commands of this package."""
     # The programs in examples/ are shown as they are.
-    text = re.sub(r'^--8<-- "(.+)"\n', lambda match: (ROOT / match[1]).read_text(), page.read_text(), flags=re.MULTILINE)
+    text = _INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(), page.read_text())
     found = []
     for match in _BLOCK.finditer(text):
         is_ours = match["language"] == "python" or match["code"].startswith("flytekit-ckpt ")
@@ -109,7 +110,7 @@ def test_every_block_runs(
         if block.title:
             Path(block.title).write_text(code)
         # With the numbers of the page's lines, for tracebacks.
-        exec(compile("\n" * block.line + code, str(page), "exec"), vars(module))  # noqa: S102
+        exec(compile("\n" * block.line + code, str(page), "exec"), vars(module))
 
 
 def _run(command: str) -> None:
@@ -145,7 +146,7 @@ def messages() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             found |= {text for value in _values(node) for text in _texts(value)}
     # A text has words; what is logged of every save is no warning.
-    plain = {re.sub(r"%[sd]", "{}", text) for text in found if re.search(r"\w \w", text) and "%.3f" not in text}
+    plain = {re.sub(r"%[sd]", "{}", text) for text in found if re.search(r"[a-z]{2} ", text) and "%.3f" not in text}
     return plain - NOT_EXPLAINED
 
 
@@ -200,6 +201,27 @@ def test_every_message_that_is_explained_is_in_the_source() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TABLES = """
+import json, report
+found = json.load(open("results/results.json"))
+print(report.tables(report.Results(found["measurements"])))
+print(report.target_table([report.Target(**target) for target in found["targets"]]))
+"""
+
+
+def test_the_tables_are_those_of_the_benchmark() -> None:
+    pytest.importorskip("numpy")
+    command = [sys.executable, "-c", _TABLES]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT / "benchmarks").stdout
+    page = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    missing = [line for line in printed.splitlines() if line not in page]
+    assert not missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Links
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -208,8 +230,7 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
     targets = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
     assert targets
     missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
-    # The chart is no part of the source distribution.
-    assert not [target for target in missing if not target.startswith("benchmarks/") or (ROOT / "benchmarks").exists()]
+    assert not missing
 
 
 def test_the_page_of_a_command_names_its_options() -> None:
