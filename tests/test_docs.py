@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 
 import flytekit_ckpt
+from flytekit_ckpt import runner
 from tests.conftest import Place
 from tests.platforms import script
 
@@ -117,6 +118,13 @@ def _run(command: str) -> None:
     words = shlex.split(command, comments=True)
     done = subprocess.run([script(words[0]), *words[1:]], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def test_the_task_of_the_readme_does_its_work(tmp_path: Path) -> None:
+    (block,) = (block for block in blocks(ROOT / "README.md") if block.title)
+    file = tmp_path / str(block.title)
+    file.write_text(block.code)
+    assert runner.run(f"{file}:counter", {"n_iterations": "3"}, report=lambda _: None) == 3
 
 
 def test_few_blocks_are_not_run() -> None:
@@ -242,6 +250,13 @@ def test_the_page_of_a_command_names_its_options() -> None:
         for line in page.read_text().splitlines():
             if "flytekit-ckpt run" in line:
                 assert set(re.findall(r"(?<=\s)--[a-z-]+", line.partition("flytekit-ckpt run")[2])) <= known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_field_has_a_word_for_it(page: Path) -> None:
+    text = " ".join(page.read_text().split())
+    ours = ["behind the caller", "carry behind", "legacy face", "making way", "new face", "told of", "what is asked of"]
+    assert not [words for words in ours if words in text]
 
 
 def test_the_readme_fits_on_a_screen() -> None:
