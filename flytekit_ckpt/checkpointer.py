@@ -54,9 +54,9 @@ class Checkpoint(ABC):
 class SyncCheckpoint(Checkpoint):
     """The checkpoint of one task attempt, saved and restored while the caller waits.
 
-    Takes the place of `flytekit.core.checkpointer.SyncCheckpoint`. Everything saved through one instance accumulates in
-    one object, which `flyte.Checkpoint` and `flytekit_ckpt.v2.Checkpoint` can load. An instance may be used from
-    several threads.
+    Takes the place of `flytekit.core.checkpointer.SyncCheckpoint`. What is saved to one destination accumulates in
+    one object, whoever saves it; `flyte.Checkpoint` and `flytekit_ckpt.v2.Checkpoint` can load that. An instance may be
+    used from several threads.
 
     Parameters
     ----------
@@ -196,9 +196,12 @@ class SyncCheckpoint(Checkpoint):
         ValueError
             If `cp` is of another type, or a path to neither a file nor a folder.
         StorageError
-            If it cannot be stored; what was stored before stays.
+            If it cannot be stored, or other writers always come first; what was stored before stays.
+        CorruptCheckpointError
+            If what is at the destination is damaged, and nothing can be added to it.
         CheckpointError
-            If a file shrinks or vanishes while it is being saved; what was stored before stays.
+            If a file shrinks or vanishes while it is being saved, if a stream that cannot seek would have to be read
+            again, or if somebody has removed what was saved before.
         """
         if isinstance(cp, (str, Path)):
             path = Path(cp)

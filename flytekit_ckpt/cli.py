@@ -11,9 +11,11 @@ from typing import Any
 
 import click
 
-from flytekit_ckpt import __version__, runner
+from flytekit_ckpt import __version__, layout, runner, storage
 from flytekit_ckpt.checkpointer import SyncCheckpoint
+from flytekit_ckpt.entries import file_entry
 from flytekit_ckpt.errors import CheckpointError
+from flytekit_ckpt.folders import folder_size, scan_folder
 
 
 @click.group()
@@ -63,7 +65,13 @@ def run(target: str, inputs: tuple[str, ...], retries: int, root: str | None, pr
 def save(source: Path, uri: str) -> None:
     """Save a file or a folder as the checkpoint at URI, in place of what is there."""
     with _errors_shown(), _progress_bar(f"saving {source}") as bar:
-        SyncCheckpoint(uri).save(source, callback=bar)
+        exclude = layout.not_into_itself(uri)
+        entries = scan_folder(source, exclude) if source.is_dir() else iter([file_entry(source, source.name)])
+
+        def size() -> int:
+            return folder_size(source, exclude) if source.is_dir() else source.stat().st_size
+
+        layout.put_tree(uri, entries, storage.Settings(), size=size, callback=bar)
     click.echo(f"saved {source} to {uri}")
 
 
@@ -74,7 +82,7 @@ def restore(uri: str, folder: Path) -> None:
     """Restore the checkpoint at URI, whoever saved it, into FOLDER."""
     with _errors_shown(), _progress_bar(f"restoring {uri}") as bar:
         folder.mkdir(parents=True, exist_ok=True)
-        found = SyncCheckpoint("unused", uri).restore(folder, callback=bar)
+        found = SyncCheckpoint("", uri).restore(folder, callback=bar)
     if found is None:
         message = f"there is no checkpoint at {uri}"
         raise click.ClickException(message)

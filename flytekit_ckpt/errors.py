@@ -27,7 +27,10 @@ class CorruptCheckpointError(CheckpointError, ValueError):
 
 
 class UnsafeCheckpointError(CorruptCheckpointError):
-    """An archive holds a member that could write outside the target folder, or a device; nothing was written."""
+    """An archive holds an entry that could write outside the target folder, or a device, or more than `restore_limit`.
+
+    Nothing was written.
+    """
 
 
 class FlyteRecoverableException(Exception):  # noqa: N818 - the name is flytekit's

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import flytekit_ckpt
 from flytekit_ckpt import SyncCheckpoint
 from flytekit_ckpt.archive import pack
+from flytekit_ckpt.cli import main
 from tests.conftest import Place, Task
 from tests.trees import look, make
 
@@ -215,3 +217,17 @@ def test_a_terminal_shows_a_progress_bar(tmp_path: Path) -> None:
         os.close(ours)
         assert "100%" in shown
         assert ran.stdout.decode().startswith(arguments[0])
+
+
+def test_save_takes_the_place_of_what_is_there_and_restore_leaves_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = tmp_path / "checkpoint"
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+        assert CliRunner().invoke(main, ["save", str(tmp_path / name), str(uri)]).exit_code == 0
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert CliRunner().invoke(main, ["restore", str(uri), "target"]).exit_code == 0
+    assert [path.name for path in here.rglob("*")] == ["target", "b"]

@@ -117,11 +117,11 @@ def naming(uri: str) -> Iterator[None]:
         yield
     except CorruptCheckpointError as error:
         message = str(error)
-        if storage.public(uri) in message:
+        if message.startswith(f"the checkpoint at {storage.public(uri)} "):
             raise
         message = (
             f"the checkpoint at {storage.public(uri)} cannot be used: {message}. "
-            "Nothing was restored; remove it to start afresh, or resume from an earlier one"
+            "Nothing was written; remove it to start afresh, or resume from an earlier one"
         )
         raise type(error)(message) from error
 

@@ -219,8 +219,7 @@ class StoredObject(ABC):
         """Write the same object elsewhere, with its metadata, if nothing is there; nothing where this one is not there.
 
         By the server or the file system where both lie with the same one. What someone else has written to the target
-        meanwhile stays, unless it comes while a server makes the copy, in a single request, and does not know
-        conditions.
+        meanwhile stays, as for a write with a condition.
 
         Parameters
         ----------
