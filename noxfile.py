@@ -71,11 +71,11 @@ ROWS = (
     # aiobotocore's 2.x of each year, its first 3.x, and releases in between of the rest.
     Row("aiobotocore-2023", "3.11", ["flytekit==1.11.0", "aiobotocore==2.9.0", "s3fs==2024.9.0"]),
     Row("aiobotocore-2024", "3.12", ["flytekit==1.13.15", "aiobotocore==2.15.2", "s3fs==2024.12.0"], is_corner=True),
-    Row("aiobotocore-2025", "3.11", ["flytekit==1.15.4", "flyte==2.3.9", "aiobotocore==2.21.1", "s3fs==2025.12.0"]),
-    Row("aiobotocore-2.26", "3.12", ["flyte==2.6.13", "aiobotocore==2.26.0"]),
-    Row("aiobotocore-3.0", "3.11", ["flytekit==1.12.3", "aiobotocore==3.0.0"]),
-    Row("aiobotocore-3.5", "3.12", ["flytekit==1.14.9", "flyte==2.9.0", "aiobotocore==3.5.0"]),
-    Row("oldest-flyte-migrate", "3.11", ["flyte-migrate==0.0.2", "flytekit==1.16.0", "flyte==2.4.4"]),
+    Row("aiobotocore-2025", "3.11", ["flytekit==1.15.4", "aiobotocore==2.21.1", "s3fs==2025.12.0"]),
+    Row("aiobotocore-2.26", "3.12", ["flyte==2.3.9", "aiobotocore==2.26.0"]),
+    Row("aiobotocore-3.0", "3.11", ["flytekit==1.14.9", "aiobotocore==3.0.0"]),
+    Row("aiobotocore-3.5", "3.12", ["flyte==2.9.0", "aiobotocore==3.5.0"]),
+    Row("oldest-flyte-migrate", "3.11", ["flyte-migrate==0.0.2", "flytekit==1.16.29", "flyte==2.5.18"]),
     # The newest of everything, with both, either and neither.
     Row("newest-3.10", "3.10", ["flytekit==1.16.31", "flyte==2.12.1", "flyte-migrate==0.0.3"]),
     Row("newest-3.11", "3.11", ["flytekit==1.16.31", "flyte==2.12.1", "flyte-migrate==0.0.3"]),
