@@ -326,6 +326,7 @@ def test_a_folder_in_the_place_of_a_step_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "ckpt-3" / "orbax").read_text() == "x"
 
 
+@pytest.mark.long
 def test_storage_that_refuses_is_a_storage_error(s3: Place) -> None:
     wrong = {**s3.options, "endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 0}}}
     checkpoint = IteratorCheckpoint(s3.uri(), storage_options=wrong)
@@ -441,6 +442,7 @@ def test_the_old_steps_are_removed_only_when_the_new_one_is_safe(place: Place, m
     assert list(checkpoint.list_checkpoints()) == [4]
 
 
+@pytest.mark.long
 def test_ten_thousand_steps_are_listed_in_one_pass(s3: Place) -> None:
     import s3fs
 

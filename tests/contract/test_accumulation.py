@@ -148,6 +148,7 @@ class Accumulation(RuleBasedStateMachine):
             assert self.found() == self.wanted()
 
 
+@pytest.mark.long
 def test_what_anybody_saves_accumulates_as_in_flytekits_folder(place: Place) -> None:
     machine = type("Machine", (Accumulation,), {"place": place})
     run_state_machine_as_test(

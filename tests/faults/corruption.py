@@ -137,7 +137,11 @@ def damaged(
         edge, rounds = (64, rounds) if place.is_local else (3, rounds // 20)
     found = {}
     for kind, damages in (("bits flipped", flips), ("truncated", truncations)):
-        outcomes = (outcome for _, outcome in victim.outcomes(peer, damages(victim.size, rounds, seed, edge=edge)))
+        made = damages(victim.size, rounds, seed, edge=edge)
+        if by_flyte:
+            # Of the one byte that every gzip file begins with, nobody can tell that it was more: it may be a counter.
+            made = (damage for damage in made if damage != Damage("truncation", 1))
+        outcomes = (outcome for _, outcome in victim.outcomes(peer, made))
         found[f", {kind}"] = Outcomes(outcomes)
     return found
 

@@ -681,6 +681,7 @@ def test_a_small_archive_does_not_take_much_memory(name: str, tmp_path: Path) ->
     assert measured(content, tmp_path)[1] < 150
 
 
+@pytest.mark.long
 @on_linux
 def test_very_many_empty_files_take_little_memory(tmp_path: Path) -> None:
     outcome, megabytes = measured(gzipped(*(file(f"{number_:x}", b"") for number_ in range(30_000)), END), tmp_path)
@@ -689,6 +690,7 @@ def test_very_many_empty_files_take_little_memory(tmp_path: Path) -> None:
     assert megabytes < 50
 
 
+@pytest.mark.long
 @on_linux
 def test_a_million_members_take_little_memory(tmp_path: Path) -> None:
     with limits.seconds(600):

@@ -191,6 +191,7 @@ def test_a_client_does_not_go_on_when_the_server_refuses(faulty: proxy.Proxy, se
     assert len(server.seen) == 1
 
 
+@pytest.mark.long
 def test_thousands_of_requests_pass_without_a_fault(s3: Place, s3_server_running: S3Server) -> None:
     with proxy.serve(s3_server_running.endpoint) as faulty:
 

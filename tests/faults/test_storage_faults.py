@@ -290,6 +290,7 @@ def open_uploads(work: Work, s3: Place) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @every_work
 @pytest.mark.parametrize("rate", [0.01, 0.05])
 def test_a_few_faults_are_not_noticed(work: Work, faulty: Proxy, s3: Place, rate: float) -> None:
@@ -305,6 +306,7 @@ def test_a_few_faults_are_not_noticed(work: Work, faulty: Proxy, s3: Place, rate
     assert len(open_uploads(work, s3)) <= len(nameless)
 
 
+@pytest.mark.long
 @every_work
 def test_many_faults_are_survived_or_reported(work: Work, faulty: Proxy, s3: Place) -> None:
     faulty.kinds, faulty.rate = proxy.QUICK, 0.2
