@@ -86,7 +86,12 @@ def flyte_attempt(task: Any) -> Attempt | None:
     checkpoint = original(type(task), "checkpoint")
     # Releases before 2.1.3 have none.
     theirs = checkpoint.fget(task) if checkpoint is not None else None
-    return attempt_of(theirs, theirs.remote_destination, theirs.remote_source) if theirs is not None else None
+    if theirs is None:
+        return None
+    # A restarted worker of a cluster is the same attempt; flyte before 2.7 does not look for what that one has saved.
+    is_restarted = bool(getattr(task, "restart_attempt", None))
+    source = theirs.remote_destination if is_restarted else theirs.remote_source
+    return attempt_of(theirs, theirs.remote_destination, source)
 
 
 def of_flytekit() -> Checkpoint | None:

@@ -41,7 +41,8 @@ def original(kind: type, name: str) -> Any:
 def take_over(ours: dict[Any, Any], but: str = "") -> None:
     """Replace objects in every module that holds them, by whatever name."""
     replacements = {id(theirs): replacement for theirs, replacement in ours.items()}
-    for module_name, module in _modules():
+    # Theirs first: a module that another thread imports meanwhile takes its names from there.
+    for module_name, module in sorted(_modules(), key=lambda named: not _is_theirs(named[0])):
         if module_name == but:
             continue
         held = _held(module, replacements)

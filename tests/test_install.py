@@ -232,6 +232,27 @@ def test_from_many_threads_while_others_import(tmp_path: Path) -> None:
         assert printed(tmp_path, code, *PACKAGES) == "[] True"
 
 
+def test_a_module_that_is_importing_meanwhile_gets_ours(tmp_path: Path) -> None:
+    pytest.importorskip("flyte")
+    code = """
+    import types
+    late = sys.modules["late"] = types.ModuleType("late")
+    import flyte, flytekit_ckpt
+    from flytekit_ckpt import replacement, v2
+    held = replacement._held
+    def seen(module, replacements):
+        found = held(module, replacements)
+        if module is late:
+            # What `from flyte import Checkpoint` finds just after it has been looked at.
+            late.Checkpoint = flyte.Checkpoint
+        return found
+    replacement._held = seen
+    flytekit_ckpt.install()
+    print(late.Checkpoint is v2.Checkpoint)
+    """
+    assert printed(tmp_path, code) == "True"
+
+
 def test_modules_that_load_when_they_are_used_are_not_loaded(tmp_path: Path) -> None:
     pytest.importorskip("flyte")
     (tmp_path / "broken.py").write_text("import not_there_at_all")

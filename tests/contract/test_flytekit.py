@@ -190,10 +190,15 @@ def test_names_parameters_and_class_attributes_are_flytekits(name: str) -> None:
         if not attribute.startswith("_") and not callable(value):
             assert getattr(ours, attribute) == value
     for method in ("__init__", "prev_exists", "restore", "save", "read", "write"):
-        wanted = inspect.signature(getattr(flytekits, method)).parameters.values()
-        given = inspect.signature(getattr(ours, method)).parameters.values()
-        positional = [(p.name, p.default) for p in given if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
-        assert positional == [(p.name, p.default) for p in wanted if p.kind is not p.VAR_KEYWORD], method
+        wanted, given = (
+            [
+                (parameter.name, parameter.default)
+                for parameter in inspect.signature(getattr(kind, method)).parameters.values()
+                if parameter.kind not in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)
+            ]
+            for kind in (flytekits, ours)
+        )
+        assert given == wanted, method
 
 
 def v1_folder(place: Place, *saved: object) -> str:
