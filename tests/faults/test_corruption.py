@@ -11,6 +11,9 @@ from tests.faults.corruption import CONTENTS, Victim, damaged, flips
 from tests.faults.outcomes import Outcome, Outcomes
 from tests.faults.peers import OURS, Flyte
 
+# Trials: minutes of them.
+pytestmark = pytest.mark.long
+
 FOLDERS = [name for name, content in CONTENTS.items() if isinstance(content, dict)]
 
 

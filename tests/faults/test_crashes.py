@@ -10,6 +10,9 @@ from tests.faults.crashes import NEXT_LOAD, NEXT_SAVE, crash
 from tests.faults.outcomes import Outcome
 from tests.faults.peers import OURS
 
+# Trials: minutes of them.
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("peer", OURS.values(), ids=OURS)
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,9 @@ from tests.faults.outcomes import Outcome, Outcomes
 from tests.faults.peers import OURS
 from tests.faults.trials import Run, UnsuitedError
 
+# Trials: minutes of them.
+pytestmark = pytest.mark.long
+
 our_faces = pytest.mark.parametrize("peer", OURS.values(), ids=OURS)
 
 

@@ -24,6 +24,9 @@ from tests.faults.proxy import Proxy
 from tests.s3_server import S3Server
 from tests.trees import Tree, look, make
 
+# Trials: minutes of them.
+pytestmark = pytest.mark.long
+
 Result = TypeVar("Result")
 
 # Three parts of a multipart upload, three ranged reads; compression takes nothing off.
@@ -290,7 +293,6 @@ def open_uploads(work: Work, s3: Place) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 @every_work
 @pytest.mark.parametrize("rate", [0.01, 0.05])
 def test_a_few_faults_are_not_noticed(work: Work, faulty: Proxy, s3: Place, rate: float) -> None:
@@ -306,7 +308,6 @@ def test_a_few_faults_are_not_noticed(work: Work, faulty: Proxy, s3: Place, rate
     assert len(open_uploads(work, s3)) <= len(nameless)
 
 
-@pytest.mark.long
 @every_work
 def test_many_faults_are_survived_or_reported(work: Work, faulty: Proxy, s3: Place) -> None:
     faulty.kinds, faulty.rate = proxy.QUICK, 0.2
