@@ -151,6 +151,15 @@ def test_what_was_only_carried_forward_is_replaced(place: Place, tmp_path: Path,
     assert found(place, uri) == {"new": b"2", "old": b"1"}
 
 
+def test_a_source_that_is_the_destination_is_added_to(place: Place, tmp_path: Path) -> None:
+    uri, files = place.uri(), make(tmp_path / "files", {"model.pt": b"1", "opt.pt": b"2"})
+    saver(place, uri, uri).save(files / "model.pt")
+    again = saver(place, uri, uri)
+    assert again.read() == b"1"
+    again.save(files / "opt.pt")
+    assert found(place, uri) == {"model.pt": b"1", "opt.pt": b"2"}
+
+
 @pytest.mark.parametrize("odd", ["unsorted", "hard link", "twice"])
 def test_another_programs_archive_is_added_to(place: Place, tmp_path: Path, odd: str) -> None:
     content = io.BytesIO()

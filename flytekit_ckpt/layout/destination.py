@@ -68,8 +68,10 @@ def link(source: str, destination: str, settings: Settings) -> bool:
 def is_linked(source: str, destination: str) -> bool:
     """Tell whether a destination is one and the same file as its source, which it was carried forward from."""
     theirs, ours = located(source)[0], storage.local_path(written_uri(destination))
+    if theirs is None or ours is None or os.path.realpath(theirs) == os.path.realpath(ours):
+        return False
     try:
-        return theirs is not None and ours is not None and os.path.samefile(theirs, ours)
+        return os.path.samefile(theirs, ours)
     except OSError:
         return False
 
