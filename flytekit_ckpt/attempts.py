@@ -1,4 +1,4 @@
-"""Which attempt runs here, and its checkpoint with either face."""
+"""Which attempt runs here, and its checkpoint with either API."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flytekit_ckpt import errors, v2
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
 from flytekit_ckpt.replacement import original
 
-# Keyword arguments of either face, as `install` was given them.
+# Keyword arguments of either API, as `install` was given them.
 options_of_attempts: dict[str, Any] = {}
 
 
 class Attempt:
-    """One attempt's checkpoint: both faces of it, each made when it is first asked for."""
+    """One attempt's checkpoint: both APIs of it, each made when it is first asked for."""
 
     def __init__(self, destination: str, source: str | None) -> None:
         self._places = destination, source
@@ -107,7 +107,7 @@ def of_flytekit() -> Checkpoint | None:
 
 
 def taken_over(theirs: Any) -> Checkpoint:
-    """The legacy face in place of flytekit's own checkpoint; any other, a subclass too, is the user's."""
+    """The legacy checkpoint in place of flytekit's own checkpoint; any other, a subclass too, is the user's."""
     kind = type(theirs)
     if (kind.__module__, kind.__qualname__) != ("flytekit.core.checkpointer", "SyncCheckpoint"):
         return cast("Checkpoint", theirs)

@@ -128,7 +128,7 @@ class CarryForward:
     def paused(self) -> Iterator[None]:
         """Give it up while something is saved, waiting until it has stopped; take it up again if the save failed.
 
-        Also what others are copying there: the two faces of an attempt, for example.
+        Also what others are copying there: the two checkpoints of an attempt, for example.
         """
         with self._shared.lock:
             self._shared.saves += 1

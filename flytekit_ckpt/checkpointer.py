@@ -1,4 +1,4 @@
-"""The legacy face: flytekit's checkpointer, in Flyte 2's storage format.
+"""The legacy API: flytekit's checkpointer, in Flyte 2's storage format.
 
 Replaces `flytekit.core.checkpointer`: same names, signatures and behaviour.
 """

@@ -1,4 +1,4 @@
-"""The options of checkpoints, in one place: keyword arguments of both faces, of `install()` and of state handlers."""
+"""The options of checkpoints, in one place: keyword arguments of both APIs, of `install()` and of state handlers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StateOptions(TypedDict, total=False):
 
 
 class CheckpointOptions(StateOptions, total=False):
-    """Options of a task attempt's checkpoint, with either face: those of `StateOptions`, and one more.
+    """Options of a task attempt's checkpoint, with either API: those of `StateOptions`, and one more.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The new face: Flyte 2's checkpoint API, over the same code and the same objects as the legacy one."""
+"""Flyte 2's checkpoint API, over the same code and the same objects as the legacy one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Checkpoint(BaseCheckpoint):
     checkpoint_dest : str
         URI or path of the object that this attempt saves to. Parents are created.
     checkpoint_src : str, optional
-        URI or path of the object that the previous attempt saved, with either face, or of the folder that flytekit 1
+        URI or path of the object that the previous attempt saved, with either API, or of the folder that flytekit 1
         saved. Blank, or a pair of quotes, means that there was none.
     **options
         Those of `flytekit_ckpt.options.CheckpointOptions`: `storage_options`, `memory_budget`, `retries`, `timeout`,

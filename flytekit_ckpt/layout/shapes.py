@@ -18,7 +18,7 @@ from flytekit_ckpt.pipeline import Callback, Chunk
 logger = logging.getLogger("flytekit_ckpt")
 
 PAYLOAD_NAME = "payload"
-"""File that a payload loads to in the new face, and the member that holds a wrapped one."""
+"""File that a payload loads to in Flyte 2's API, and the member that holds a wrapped one."""
 
 LEGACY_PAYLOAD_NAME = "_dst_cp"
 """File that flytekit keeps written bytes in."""
