@@ -26,6 +26,11 @@ from tests.platforms import Flyte1
 from tests.trees import look, make
 
 
+@pytest.fixture(params=["local", "s3", "gcs", "azure"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return Place(str(tmp_path / "checkpoints")) if request.param == "local" else request.getfixturevalue(request.param)
+
+
 def found(place: Place, uri: str) -> dict[str, bytes]:
     """The files that the next attempt restores."""
     attempt = SyncCheckpoint("", uri, storage_options=place.options)
