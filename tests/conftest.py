@@ -104,7 +104,9 @@ def empty(place: Place) -> None:
         if plain := [{"Key": key} for key in keys if key.isprintable()]:
             filesystem.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": plain, "Quiet": True})
     for upload in filesystem.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", ()):
-        filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        # What is carried forward in the background may come to its end just now.
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import pytest
 
 from flytekit_ckpt import CheckpointError, StorageError, SyncCheckpoint, adapter, layout, storage, v2
 from flytekit_ckpt.storage import failures, general, turns
+from flytekit_ckpt.storage import s3 as s3_objects
 from flytekit_ckpt.storage.s3 import S3Object
 from tests.conftest import Place
 from tests.platforms import Flyte1
@@ -245,10 +246,37 @@ def test_who_is_always_too_late_is_told(place: Place, monkeypatch: pytest.Monkey
 
 
 def test_a_store_that_knows_no_conditions_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    general._warn_of_no_conditions.cache_clear()
+    general.warn_of_no_conditions.cache_clear()
     for number in range(3):
         SyncCheckpoint(f"memory://conditions/{number}").write(b"1")
     assert caplog.text.count("memory:// knows no conditional writes") == 1
+
+
+@pytest.mark.parametrize("size", [10, 20_000_000])
+def test_an_s3_server_that_refuses_conditions_is_looked_at_and_written_to(
+    s3: Place, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, refused = s3_objects.send_request, []
+
+    async def sent(filesystem: Any, method: str, headers: Any, **arguments: Any) -> Any:
+        if headers:
+            refused.append(method)
+            refusal = OSError("not implemented")
+            refusal.response = {"Error": {"Code": "NotImplemented"}}  # type: ignore[attr-defined]
+            raise refusal
+        return await real(filesystem, method, headers, **arguments)
+
+    monkeypatch.setattr(s3_objects, "send_request", sent)
+    monkeypatch.setattr(s3_objects, "_without_conditions", set())
+    general.warn_of_no_conditions.cache_clear()
+    uri, folder = s3.uri(), make(tmp_path / "files", {"a": os.urandom(size), "b": b"2"})
+    for name in ("a", "b"):
+        saver(s3, uri).save(folder / name)
+    assert found(s3, uri) == {name: (folder / name).read_bytes() for name in ("a", "b")}
+    assert len(refused) == 1
+    assert caplog.text.count("knows no conditional writes") == 1
+    with pytest.raises(storage.ConflictError):
+        storage.at(uri, s3.settings).put([b"x" * size], replaced=None)
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class FsspecObject(StoredObject):
                 written += len(chunk)
             if replaced is not ANYTHING:
                 # There is no condition that every store knows.
-                _warn_of_no_conditions(self._protocol)
+                warn_of_no_conditions(self._protocol)
                 self._compare(replaced)
             with self._reporting("write"):
                 file.close()
@@ -190,7 +190,7 @@ _ATOMIC_COPIES = {"memory"}
 
 
 @functools.cache
-def _warn_of_no_conditions(protocol: str) -> None:
+def warn_of_no_conditions(protocol: str) -> None:
     """Say once what a store cannot promise."""
     logger.warning(
         "%s:// knows no conditional writes: of two machines that save to one destination in the same moment, one may "

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, Range, in_order
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, IncompleteAnswerError, s3_code
-from flytekit_ckpt.storage.general import in_folders
+from flytekit_ckpt.storage.general import in_folders, warn_of_no_conditions
 from flytekit_ckpt.storage.objects import (
     ANYTHING,
     CONCURRENCY,
@@ -40,6 +40,10 @@ from flytekit_ckpt.storage.s3_client import (
 from flytekit_ckpt.storage.uris import public
 
 logger = logging.getLogger("flytekit_ckpt")
+
+# Servers that have refused a condition, by their endpoints, and how they say so.
+_without_conditions: set[str] = set()
+_NO_CONDITIONS = {"NotImplemented", "501"}
 
 _BETWEEN_ABORTS = (0.1, 0.5, 0.0)
 """Seconds to wait after each."""
@@ -88,7 +92,10 @@ class S3Object(RequestedObject):
         arguments = {"Body": content, "Metadata": prefixed(described)}
         with self._reporting("write"):
             try:
-                answer = self._call("put_object", moved=len(content), headers=condition(replaced), **arguments)
+                answer = self._conditional(
+                    replaced,
+                    lambda headers: self._call("put_object", moved=len(content), headers=headers, **arguments),
+                )
             except OSError as error:
                 if s3_code(error) not in CONFLICTS:
                     raise
@@ -155,7 +162,7 @@ class S3Object(RequestedObject):
         bucket, _, key = self._key.partition("/")
         arguments = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
 
-        async def request(filesystem: Any) -> Any:
+        async def request(filesystem: Any, headers: Mapping[str, str]) -> Any:
             if replaced is not ANYTHING:
                 # Not every server looks at the condition: Ceph's gateway does not where an upload is completed. So it
                 # is looked at here too, each time that this is tried.
@@ -165,14 +172,15 @@ class S3Object(RequestedObject):
                     found = None
                 if found != (None if replaced is None else replaced.version):
                     raise ConflictError
-            headers = condition(replaced)
             return await send_request(
                 filesystem, "complete_multipart_upload", headers, Bucket=bucket, Key=key, **arguments
             )
 
         try:
             # The server may take long over ten thousand parts.
-            answer = self._requested(request, 10 * PACE)
+            answer = self._conditional(
+                replaced, lambda headers: self._requested(lambda filesystem: request(filesystem, headers), 10 * PACE)
+            )
         except Exception as error:
             # The answer may be all that was lost, and the server knows nothing of the upload any more.
             with contextlib.suppress(Exception):
@@ -187,6 +195,21 @@ class S3Object(RequestedObject):
         # Ceph's gateway leaves the tag out of this one answer; and somebody may have replaced the object already.
         uploaded = self._uploaded(token)
         return f"{token}, replaced" if uploaded is None else version_of(uploaded)
+
+    def _conditional(self, replaced: Replaced, request: Callable[[Mapping[str, str]], Any]) -> Any:
+        """Send a request under a condition; to a server that takes none, after a look at what is there."""
+        headers = condition(replaced)
+        server = str(self._options.get("endpoint_url"))
+        if headers and server not in _without_conditions:
+            try:
+                return request(headers)
+            except OSError as error:
+                if s3_code(error) not in _NO_CONDITIONS:
+                    raise
+                _without_conditions.add(server)
+                warn_of_no_conditions(self._protocol)
+        self._compare(replaced)
+        return request({})
 
     def _copy_part(self, source: str, part: Range, previous: Written | None, arguments: dict[str, Any]) -> str:
         bucket, _, key = source.partition("/")
