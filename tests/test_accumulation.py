@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from flytekit_ckpt import CheckpointError, StorageError, SyncCheckpoint, adapter, layout, storage, v2
-from flytekit_ckpt.storage import failures, general, turns
+from flytekit_ckpt.storage import failures, general, s3_client, turns
 from flytekit_ckpt.storage import s3 as s3_objects
 from flytekit_ckpt.storage.s3 import S3Object
 from tests.conftest import Place
@@ -256,7 +256,7 @@ def test_a_store_that_knows_no_conditions_says_so_once(caplog: pytest.LogCapture
 def test_an_s3_server_that_refuses_conditions_is_looked_at_and_written_to(
     s3: Place, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, refused = s3_objects.send_request, []
+    real, refused = s3_client.send_request, []
 
     async def sent(filesystem: Any, method: str, headers: Any, **arguments: Any) -> Any:
         if headers:
@@ -266,7 +266,7 @@ def test_an_s3_server_that_refuses_conditions_is_looked_at_and_written_to(
             raise refusal
         return await real(filesystem, method, headers, **arguments)
 
-    monkeypatch.setattr(s3_objects, "send_request", sent)
+    monkeypatch.setattr(s3_client, "send_request", sent)
     monkeypatch.setattr(s3_objects, "_without_conditions", set())
     general.warn_of_no_conditions.cache_clear()
     uri, folder = s3.uri(), make(tmp_path / "files", {"a": os.urandom(size), "b": b"2"})

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from flytekit_ckpt import StorageError, SyncCheckpoint, layout, runner, storage
-from flytekit_ckpt.storage import local, parts
-from flytekit_ckpt.storage import s3 as s3_objects
+from flytekit_ckpt.storage import local, parts, s3_client
 from flytekit_ckpt.v2 import Checkpoint
 from tests.conftest import Place, Task
 from tests.test_storage import requests
@@ -226,7 +225,7 @@ def test_a_server_that_knows_conditions_is_given_one(s3: Place, size: int, monke
     monkeypatch.setattr(parts, "COPY_SIZE", 6 << 20)
     source, first = attempt(SyncCheckpoint, s3, None)
     first.write(os.urandom(size))
-    real = s3_objects.send_request
+    real = s3_client.send_request
     conditions = []
 
     async def sent(filesystem: Any, method: str, headers: Any, **arguments: Any) -> Any:
@@ -237,7 +236,7 @@ def test_a_server_that_knows_conditions_is_given_one(s3: Place, size: int, monke
         refusal.response = {"Error": {"Code": "PreconditionFailed"}}  # type: ignore[attr-defined]
         raise refusal
 
-    monkeypatch.setattr(s3_objects, "send_request", sent)
+    monkeypatch.setattr(s3_client, "send_request", sent)
     target = storage.at(s3.uri(), s3.settings)
     with pytest.raises(storage.ConflictError):
         storage.at(source, s3.settings).copy_to(target, lambda: False, {})
