@@ -45,7 +45,7 @@ class Destination:
         Tells whether an object was only carried forward, and so has not been saved by anybody.
     """
 
-    def __init__(self, uri: str, settings: Settings, is_carried: Callable[[storage.Written], bool]) -> None:
+    def __init__(self, uri: str, settings: Settings, is_carried: Callable[[storage.State], bool]) -> None:
         self._uri = uri
         self._settings = settings
         self._is_carried = is_carried

@@ -98,11 +98,13 @@ class CarryForward:
                 self._is_loaded = True
                 self._start()
 
-    def has_carried(self, written: storage.Written) -> bool:
-        """Tell whether what is at the destination was only carried there, as far as this process knows."""
-        with self._shared.lock:
-            if any(written == other._copy_made for other in self._shared.carry_forwards):
-                return True
+    def has_carried(self, state: storage.State) -> bool:
+        """Tell whether what is at the destination was only carried there, though nothing marks it."""
+        # What has metadata would be marked; and where a version is one of the content, the same may have been saved.
+        if not state.metadata:
+            with self._shared.lock:
+                if any(state.object == other._copy_made for other in self._shared.carry_forwards):
+                    return True
         return self._source is not None and layout.is_linked(self._source, self._destination)
 
     def close(self) -> None:

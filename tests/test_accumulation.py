@@ -157,6 +157,17 @@ def test_what_was_only_carried_forward_is_replaced(place: Place, tmp_path: Path,
     assert found(place, uri) == {"new": b"2", "old": b"1"}
 
 
+def test_the_same_bytes_saved_as_were_carried_forward_stay(place: Place, tmp_path: Path) -> None:
+    before, uri = place.uri(), place.uri()
+    saver(place, before).write(b"5")
+    first = saver(place, uri, before)
+    first.read()
+    first._carry_forward.close()
+    first.write(b"5")
+    saver(place, uri, before).save(make(tmp_path / "files", {"a": b"1"}) / "a")
+    assert found(place, uri) == {"_dst_cp": b"5", "a": b"1"}
+
+
 def test_a_source_that_is_the_destination_is_added_to(place: Place, tmp_path: Path) -> None:
     uri, files = place.uri(), make(tmp_path / "files", {"model.pt": b"1", "opt.pt": b"2"})
     saver(place, uri, uri).save(files / "model.pt")

@@ -16,7 +16,7 @@ from flytekit_ckpt.storage import Settings
 
 
 def look(
-    uri: str, settings: Settings, is_carried: Callable[[storage.Written], bool]
+    uri: str, settings: Settings, is_carried: Callable[[storage.State], bool]
 ) -> tuple[storage.Written | None, Payload | Tree | None]:
     """Look what is at a destination before something is added to it.
 
@@ -46,7 +46,7 @@ def look(
             if path is not None and path.is_dir():
                 return None, local_folder(path)
             return None, remote_folder(uri, settings) if state.has_files else None
-        if CARRIED in state.metadata or is_carried(state.object):
+        if CARRIED in state.metadata or is_carried(state):
             return state.object, None
         stored = target.get()
         # Unless somebody has removed it in between.
