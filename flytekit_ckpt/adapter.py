@@ -21,7 +21,7 @@ from flytekit_ckpt.layout import PutOptions
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.merging import merge
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk
-from flytekit_ckpt.storage import Settings
+from flytekit_ckpt.resumption import Resumption
 from flytekit_ckpt.unpacking import unpack
 
 
@@ -39,16 +39,14 @@ class Destination:
     ----------
     uri : str
         The object.
-    settings : Settings
-        How it is reached.
-    is_carried : callable
-        Tells whether an object was only carried forward, and so has not been saved by anybody.
+    resumption : Resumption
+        What the attempt goes on from, which is told of each save.
     """
 
-    def __init__(self, uri: str, settings: Settings, is_carried: Callable[[storage.State], bool]) -> None:
+    def __init__(self, uri: str, resumption: Resumption) -> None:
         self._uri = uri
-        self._settings = settings
-        self._is_carried = is_carried
+        self._settings = resumption.settings
+        self._resumption = resumption
         # The labels of the parts that were saved here. A blank one is that of all entries without a label.
         self._labels: dict[str, str] = {}
         # What was written here last, and where its units lie; none if it is a payload.
@@ -138,17 +136,22 @@ class Destination:
         """Add a part to what is there, again and again until nobody else's save comes in between."""
         with self._lock, storage.turn(self._uri, self._settings.timeout) as sign:
             storage.undisturbed(lambda: self._try(part, put, sign), uri=self._uri)
+            if self._written is not None:
+                self._resumption.record(self._written)
 
     def _try(self, part: str, put: Callable[[_Base, PutOptions], _Put], sign: Callable[[], None]) -> None:
+        def options(base: _Base) -> PutOptions:
+            return replace(self._resumption.put_options, replaced=base.replaced, step=sign)
+
         try:
             base = self._base(part)
             try:
-                self._written, self._units = put(base, PutOptions(base.replaced, sign))
+                self._written, self._units = put(base, options(base))
             except _DisorderError:
                 # Another program's archive, whose entries are unpacked to be sorted.
                 with tempfile.TemporaryDirectory(prefix="flytekit_ckpt-") as folder:
                     base = self._base(part, Path(folder))
-                    self._written, self._units = put(base, PutOptions(base.replaced, sign))
+                    self._written, self._units = put(base, options(base))
         except storage.ConflictError:
             self._written = None
             raise
@@ -162,7 +165,7 @@ class Destination:
             items = self._units or ([] if is_replaced_whole else self._payload_again(self._written))
             label = self._labels.get(part) or ("" if part in self._labels else _new_label())
             return _Base(self._written, items, self._written, label, self._has_others, is_replaced_whole)
-        replaced, found = layout.look(self._uri, self._settings, self._is_carried)
+        replaced, found = layout.look(self._uri, self._settings, self._resumption.carry_forward.has_carried)
         if found is None:
             is_lost = bool(self._labels.keys() - {part})
             self._labels.clear()
@@ -244,7 +247,7 @@ def _in_order(entries: Iterable[Entry]) -> Iterator[Entry]:
         yield entry
 
 
-def read_single(uri: str, found: layout.Payload | layout.Tree) -> bytes | None:
+def read_single(uri: str, found: layout.Payload | layout.Tree, origin: layout.Origin) -> bytes | None:
     """Return the content of a checkpoint's one entry; `None` if it has no entry.
 
     Raises
@@ -263,7 +266,7 @@ def read_single(uri: str, found: layout.Payload | layout.Tree) -> bytes | None:
             if single is None:
                 return None
             shape, content = "tree", single
-    layout.Event("restored", shape, len(content), time.perf_counter() - started, storage.public(uri)).log()
+    layout.Event("restored", shape, len(content), time.perf_counter() - started, storage.public(uri), origin).log()
     return content
 
 

@@ -8,29 +8,40 @@ import sys
 import threading
 import types
 import weakref
+from dataclasses import replace
 from typing import Any, cast
 
-from flytekit_ckpt import errors, v2
+from flytekit_ckpt import errors, layout, running, v2
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
 from flytekit_ckpt.replacement import original
-
-# Keyword arguments of either API, as `install` was given them.
-options_of_attempts: dict[str, Any] = {}
+from flytekit_ckpt.resumption import Resumption
+from flytekit_ckpt.running import Running
 
 
 class Attempt:
-    """One attempt's checkpoint: both APIs of it, each made when it is first asked for."""
+    """One attempt's checkpoint: both APIs of it, each made when it is first asked for.
 
-    def __init__(self, destination: str, source: str | None) -> None:
-        self._places = destination, source
+    The previous attempt's checkpoint is carried forward from now on.
+    """
+
+    def __init__(self, running_attempt: Running) -> None:
+        self._running = running_attempt
+        with running.as_running(running_attempt):
+            self._resumption = Resumption(self._destination, running_attempt.source, {})
+
+    @property
+    def _destination(self) -> str:
+        return self._running.destination or ""
 
     @functools.cached_property
     def legacy(self) -> SyncCheckpoint:
-        return SyncCheckpoint(*self._places, **options_of_attempts)
+        with running.as_running(self._running):
+            return SyncCheckpoint(self._destination, self._running.source)
 
     @functools.cached_property
     def new(self) -> v2.Checkpoint:
-        return v2.Checkpoint(*self._places, **options_of_attempts)
+        with running.as_running(self._running):
+            return v2.Checkpoint(self._destination, self._running.source)
 
 
 # For whoever asks first, and for taking names over: every thread must see the same.
@@ -47,16 +58,38 @@ attempts: weakref.WeakKeyDictionary[Any, Attempt] = weakref.WeakKeyDictionary()
 runners: list[Attempt] = []
 
 
-def set_runner_checkpoint(destination: str, source: str | None) -> None:
+# The attempt that the command line names, which is known before the platform has made a checkpoint for it.
+named: dict[tuple[str | None, str | None], Attempt] = {}
+
+
+def set_runner_checkpoint(running_attempt: Running) -> None:
     """Make a checkpoint the current one for the rest of this process; called by the local runner."""
-    runners.append(Attempt(destination, source))
+    runners.append(Attempt(running_attempt))
 
 
-def attempt_of(theirs: Any, destination: str, source: str | None) -> Attempt:
+def begin() -> None:
+    """Begin to carry forward for the attempt that is known already; called by `install`."""
+    with lock:
+        known = running.running()
+        if known.destination is not None and known.source is not None:
+            _attempt(known)
+
+
+def attempt_of(theirs: Any, known: Running) -> Attempt:
     """Give the attempt that a checkpoint of flytekit's or flyte's own belongs to."""
     if theirs not in attempts:
-        attempts[theirs] = Attempt(destination, source)
+        attempts[theirs] = _attempt(known)
     return attempts[theirs]
+
+
+def _attempt(known: Running) -> Attempt:
+    key = known.destination, known.source
+    if known != running.running() or known.destination is None:
+        return Attempt(known)
+    if key not in named:
+        named.clear()
+        named[key] = Attempt(known)
+    return named[key]
 
 
 def runner_attempt() -> Attempt | None:
@@ -88,10 +121,8 @@ def flyte_attempt(task: Any) -> Attempt | None:
     theirs = checkpoint.fget(task) if checkpoint is not None else None
     if theirs is None:
         return None
-    # A restarted worker of a cluster is the same attempt; flyte before 2.7 does not look for what that one has saved.
-    is_restarted = bool(getattr(task, "restart_attempt", None))
-    source = theirs.remote_destination if is_restarted else theirs.remote_source
-    return attempt_of(theirs, theirs.remote_destination, source)
+    # A restarted worker of a cluster has a source of its own making: its destination.
+    return attempt_of(theirs, running.of_flyte(task))
 
 
 def of_flytekit() -> Checkpoint | None:
@@ -113,7 +144,9 @@ def taken_over(theirs: Any) -> Checkpoint:
         return cast("Checkpoint", theirs)
     with lock:
         # flytekit has no public name for the two prefixes.
-        return attempt_of(theirs, theirs._checkpoint_dest, theirs._checkpoint_src).legacy
+        destination, source = theirs._checkpoint_dest, theirs._checkpoint_src
+        known = replace(running.running(), destination=destination, source=layout.named_source(source))
+        return attempt_of(theirs, known).legacy
 
 
 def unavailable() -> errors.CheckpointUnavailableError:

@@ -37,11 +37,8 @@ class _Destination:
     @staticmethod
     def of(destination: str) -> _Destination:
         """Give what is shared by everyone who saves to a URI."""
-        path = storage.local_path(destination)
         with _lock:
-            return _destinations.setdefault(
-                destination.rstrip("/") if path is None else os.path.abspath(path), _Destination()
-            )
+            return _destinations.setdefault(storage.canonical(destination), _Destination())
 
 
 _lock = ForkSafeLock()
@@ -69,8 +66,9 @@ class CarryForward:
         self._source = source
         self._destination = destination
         self._settings = settings
-        self._is_wanted = is_wanted and source is not None and bool(destination)
-        self._is_loaded = False
+        self._mark: storage.Metadata = {}
+        self._is_wanted = is_wanted and bool(destination)
+        self._is_begun = False
         self._copy_made: storage.Written | None = None
         self._copying: concurrent.futures.Future[None] | None = None
         self._process = os.getpid()
@@ -84,19 +82,25 @@ class CarryForward:
 
     def __getstate__(self) -> dict[str, Any]:
         # The process that began it goes on with it.
-        changes = {"_is_wanted": self._is_wanted and not self._is_loaded, "_copying": None, "_shared": None}
-        return {**vars(self), **changes}
+        return {**vars(self), "_is_begun": False, "_copying": None, "_shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._join()
 
     def begin(self) -> None:
-        """Begin, once; called when the checkpoint has been loaded."""
+        """Begin, unless it has been begun or done; called when the attempt is known, and when it has loaded."""
         with self._shared.lock:
-            if not self._is_loaded:
-                self._is_loaded = True
-                self._start()
+            self._is_begun = True
+            self._start()
+
+    def begin_from(self, source: str, mark: storage.Metadata) -> None:
+        """Carry another checkpoint forward than the previous attempt's, where that has none; `mark` says which."""
+        with self._shared.lock:
+            # One that is under way would find nothing.
+            concurrent.futures.wait([copying for copying in [self._under_way()] if copying is not None])
+            self._source, self._mark = source, mark
+        self.begin()
 
     def has_carried(self, state: storage.State) -> bool:
         """Tell whether what is at the destination was only carried there, though nothing marks it."""
@@ -151,7 +155,15 @@ class CarryForward:
         return self._copying if self._process == os.getpid() else None
 
     def _start(self) -> None:
-        if not self._is_wanted or not self._is_loaded or self._shared.saves or self._has_linked():
+        if not self._is_wanted or not self._is_begun or self._source is None or self._shared.saves:
+            return
+        # The two checkpoints of an attempt, for example, have one to carry.
+        same = [other for other in self._shared.carry_forwards if other._source == self._source]
+        under_way = [copying for other in same if (copying := other._under_way()) is not None and not copying.done()]
+        if under_way:
+            self._copying, self._process = under_way[0], os.getpid()
+            return
+        if self._has_linked():
             return
         pool = concurrent.futures.ThreadPoolExecutor(1, f"{WORKERS}-carry")
         # Unless the interpreter is on its way out.
@@ -164,7 +176,8 @@ class CarryForward:
     def _has_linked(self) -> bool:
         assert self._source is not None
         try:
-            is_done = layout.link(self._source, self._destination, self._settings)
+            # One and the same file cannot be marked.
+            is_done = not self._mark and layout.link(self._source, self._destination, self._settings)
         except storage.ConflictError:
             is_done = True
         except (CheckpointError, OSError):
@@ -191,11 +204,15 @@ class CarryForward:
                     sign()
                     return self._is_given_up()
 
-                self._copy_made = layout.copy(self._source, self._destination, self._settings, given_up)
+                self._copy_made = layout.copy(self._source, self._destination, self._settings, given_up, self._mark)
             if self._copy_made is not None:
+                self._is_wanted = False
                 logger.info("carried %s forward to %s in %.3f s", *uris, time.perf_counter() - started)
-        except (storage.GivenUpError, storage.ConflictError):
+        except storage.GivenUpError:
             logger.info("%s is not carried forward to %s: something else is saved there", *uris)
+        except storage.ConflictError:
+            self._is_wanted = False
+            logger.info("%s is not carried forward to %s: something is there already", *uris)
         except (CheckpointError, OSError) as error:
             logger.warning("%s was not carried forward to %s: %s", *uris, error)
         except Exception:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from flytekit_ckpt import adapter, layout, restoration, storage, termination
-from flytekit_ckpt.carry_forward import CarryForward
+from flytekit_ckpt import adapter, layout, restoration, termination
+from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import CheckpointOptions, check_names
 from flytekit_ckpt.pipeline import Callback
+from flytekit_ckpt.resumption import Resumption
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -67,7 +68,7 @@ class SyncCheckpoint(Checkpoint):
         pair of quotes, means that there was none.
     **options
         Those of `flytekit_ckpt.options.CheckpointOptions`: `storage_options`, `memory_budget`, `retries`, `timeout`,
-        `restore_limit`, `carry_forward`.
+        `restore_limit`, `carry_forward`, `home`, `resume_from`, `fallback`.
 
     Examples
     --------
@@ -89,18 +90,16 @@ class SyncCheckpoint(Checkpoint):
         check_names(options, CheckpointOptions, type(self).__name__)
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
-        self._settings = storage.Settings.of(options)
-        self._carry_forward = CarryForward(
-            self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=options.get("carry_forward", True)
-        )
-        self._destination = adapter.Destination(self._checkpoint_dest, self._settings, self._carry_forward.has_carried)
+        self._resumption = Resumption(self._checkpoint_dest, self._checkpoint_src, options)
+        self._destination = adapter.Destination(self._checkpoint_dest, self._resumption)
         self._temporary: Path | None = None
         self._restored: Path | None = None
         self._restored_names: list[str] = []
+        self._loaded_uri = self._checkpoint_src or self._checkpoint_dest
         self._was_read = False
         self._content: bytes | None = None
         self._lock = ForkSafeLock()
-        self._carry_forward.close_with(self)
+        self._resumption.carry_forward.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it restores anew, and goes on with what has been saved.
@@ -108,8 +107,11 @@ class SyncCheckpoint(Checkpoint):
         return {**state, **dict.fromkeys(("_temporary", "_restored", "_content"))}
 
     def close(self) -> None:
-        """Wait until what was loaded has been carried forward, and remove the temporary folder; done by `with` too."""
-        self._carry_forward.close()
+        """Wait until the previous checkpoint has been carried forward, and remove the temporary folder; done by `with`.
+
+        What was loaded is loaded again then.
+        """
+        self._resumption.carry_forward.close()
         with self._lock:
             if self._temporary is not None:
                 restoration.remove_tree(self._temporary)
@@ -122,8 +124,11 @@ class SyncCheckpoint(Checkpoint):
         self.close()
 
     def prev_exists(self) -> bool:
-        """Tell whether a source was given; whether a checkpoint is there, only `read` or `restore` can tell."""
-        return self._checkpoint_src is not None
+        """Tell whether there may be a checkpoint, which only `read` or `restore` can tell.
+
+        True if a source was given, the platform has restarted this attempt, or there is a home or a run to resume from.
+        """
+        return self._resumption.may_find
 
     def restore(self, path: Path | str | None = None, *, callback: Callback | None = None) -> Path | None:
         """Restore the previous attempt's checkpoint, all of it or nothing.
@@ -153,26 +158,24 @@ class SyncCheckpoint(Checkpoint):
             If it cannot be read, or the folder cannot be written.
         """
         with self._lock:
-            if self._checkpoint_src is None or self._restored is not None:
+            if self._restored is not None:
                 return self._restored
             folder = None if path is None or self._was_read else Path(path)
             if folder is not None and not folder.is_dir():
                 message = "Checkpoints can be restored to a directory only."
                 raise ValueError(message)
-            found = layout.get(self._checkpoint_src, self._settings, callback)
-            if found is None:
-                layout.log_nothing(self._checkpoint_src)
-                return None
-            if folder is None:
+            return self._resumption.load(lambda found: self._restore(found, folder), callback)
+
+    def _restore(self, found: Found, folder: Path | None) -> Path:
+        if folder is None:
+            if self._temporary is None:
                 self._temporary = restoration.workspace(self, "flytekit_ckpt-")
-                folder = self._temporary / self.SRC_LOCAL_FOLDER
-                folder.mkdir()
-            self._restored_names = restoration.restore(
-                self._checkpoint_src, found, self.TMP_DST_PATH, folder, self._settings
-            )
-            self._restored = folder
-            self._carry_forward.begin()
-            return folder
+            folder = self._temporary / self.SRC_LOCAL_FOLDER
+            folder.mkdir(exist_ok=True)
+        self._restored_names = restoration.restore(found, self.TMP_DST_PATH, folder, self._resumption.settings)
+        self._loaded_uri = found.uri
+        self._restored = folder
+        return folder
 
     def save(self, cp: Path | str | io.BufferedReader, *, callback: Callback | None = None) -> None:
         """Add to this attempt's checkpoint, and store it.
@@ -247,8 +250,6 @@ class SyncCheckpoint(Checkpoint):
             As for `restore`.
         """
         with self._lock:
-            if self._checkpoint_src is None:
-                return None
             if self._restored is not None:
                 return self._read_single(self._restored, self._restored_names)
             if type(self).restore is not SyncCheckpoint.restore:
@@ -257,20 +258,17 @@ class SyncCheckpoint(Checkpoint):
                 return None if folder is None else self._read_single(folder, os.listdir(folder))
             if self._content is not None:
                 return self._content
-            found = layout.get(self._checkpoint_src, self._settings)
-            if found is None:
-                layout.log_nothing(self._checkpoint_src)
-                return None
-            self._was_read = True
-            content = adapter.read_single(self._checkpoint_src, found)
-            self._carry_forward.begin()
+            content = self._resumption.load(self._read)
             if content is not None and len(content) <= KEPT_SIZE:
                 self._content = content
             return content
 
+    def _read(self, found: Found) -> bytes | None:
+        self._was_read = True
+        return adapter.read_single(found.uri, found.content, found.origin)
+
     def _read_single(self, folder: Path, names: list[str]) -> bytes | None:
-        assert self._checkpoint_src is not None
-        adapter.check_single(self._checkpoint_src, names)
+        adapter.check_single(self._loaded_uri, names)
         return (folder / names[0]).read_bytes() if names else None
 
     def write(self, b: bytes) -> None:
@@ -293,5 +291,5 @@ class SyncCheckpoint(Checkpoint):
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        with termination.saving(), self._carry_forward.paused():
+        with termination.saving(), self._resumption.carry_forward.paused():
             yield

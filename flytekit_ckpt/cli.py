@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flytekit_ckpt.checkpointer import SyncCheckpoint
 from flytekit_ckpt.entries import file_entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.folders import folder_size, scan_folder
+from flytekit_ckpt.options import CheckpointOptions
 
 
 @click.group()
@@ -35,7 +36,20 @@ def main() -> None:
     metavar="SECONDS",
     help="Kill every attempt with SIGKILL after this time.",
 )
-def run(target: str, inputs: tuple[str, ...], retries: int, root: str | None, preempt_after: float | None) -> None:
+@click.option("--home", metavar="URI", help="Where pointers to the newest checkpoints of all runs are kept.")
+@click.option(
+    "--resume-from",
+    metavar="URI|RUN|latest",
+    help="Where to resume from if the run has no checkpoint: one's URI, or with --home a run's name.",
+)
+def run(
+    target: str,
+    inputs: tuple[str, ...],
+    retries: int,
+    root: str | None,
+    preempt_after: float | None,
+    **options: str | None,
+) -> None:
     """Run a task on this machine, attempt after attempt, as the platform does.
 
     Every attempt is a process of its own, and finds the checkpoint of the one before it. An attempt that raises
@@ -52,11 +66,28 @@ def run(target: str, inputs: tuple[str, ...], retries: int, root: str | None, pr
         arguments[name] = value
     try:
         result = runner.run(
-            target, arguments, retries=retries, root=root, preempt_after=preempt_after, report=click.echo
+            target,
+            arguments,
+            retries=retries,
+            root=root,
+            preempt_after=preempt_after,
+            options=_checkpoint_options(options),
+            report=click.echo,
         )
     except runner.TaskFailedError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"result: {result!r}")
+
+
+def _checkpoint_options(given: Mapping[str, str | None]) -> CheckpointOptions:
+    options = CheckpointOptions()
+    if given["home"] is not None:
+        # The task may change its working directory.
+        path = storage.local_path(given["home"])
+        options["home"] = given["home"] if path is None else str(path.absolute())
+    if given["resume_from"] is not None:
+        options["resume_from"] = given["resume_from"]
+    return options
 
 
 @main.command()

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from flytekit_ckpt import v2
 from flytekit_ckpt.attempts import (
+    begin,
     flyte_attempt,
     lock,
     of_flyte,
     of_runner,
-    options_of_attempts,
     runner_attempt,
     taken_over,
     unavailable,
 )
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
-from flytekit_ckpt.options import CheckpointOptions, check_names
+from flytekit_ckpt.options import CheckpointOptions, check_names, of_attempts
 from flytekit_ckpt.replacement import change, changes, put_back, take_over
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def install(**options: Unpack[CheckpointOptions]) -> None:
     import wrapt
 
     check_names(options, CheckpointOptions, "install")
-    options_of_attempts.update(options)
+    of_attempts.update(options)
     for name in _PATCHES:
         if sys.modules.get(name) is not None:
             # Waits for a thread that is in the midst of importing it.
@@ -74,6 +74,7 @@ def install(**options: Unpack[CheckpointOptions]) -> None:
             # Not half of it.
             uninstall()
             raise
+    begin()
 
 
 def uninstall() -> None:
@@ -83,7 +84,8 @@ def uninstall() -> None:
     """
     with lock:
         _installed.clear()
-        options_of_attempts.clear()
+        for name in list(of_attempts):
+            of_attempts.pop(name)  # type: ignore[misc]
         put_back()
 
 
@@ -120,11 +122,12 @@ def _patch_flyte_context(models: types.ModuleType) -> None:
 
 
 def _patch_flytekit_elastic(task: types.ModuleType) -> None:
-    change(task, "spawn_helper", _flytekit_worker)
+    # With the options as they are when it is sent to the workers.
+    change(task, "spawn_helper", functools.partial(_flytekit_worker, of_attempts))
 
 
 def _patch_flyte_elastic(task: types.ModuleType) -> None:
-    change(task, "launcher_entrypoint", _flyte_worker)
+    change(task, "launcher_entrypoint", functools.partial(_flyte_worker, of_attempts))
 
 
 _PATCHES: dict[str, Callable[[types.ModuleType], None]] = {
@@ -157,17 +160,17 @@ def _flyte_checkpoint(task: Any) -> v2.Checkpoint | None:
 # the module that calls `install`.
 
 
-def _flytekit_worker(*arguments: Any) -> Any:
+def _flytekit_worker(options: CheckpointOptions, *arguments: Any) -> Any:
     """Run as a worker of `flytekitplugins.kfpytorch.Elastic`."""
-    install()
+    install(**options)
     from flytekitplugins.kfpytorch import task
 
     return changes[task, "spawn_helper"].theirs(*arguments)
 
 
-def _flyte_worker(*arguments: Any) -> Any:
+def _flyte_worker(options: CheckpointOptions, *arguments: Any) -> Any:
     """Run as a worker of `flyteplugins.pytorch.Elastic`."""
-    install()
+    install(**options)
     from flyteplugins.pytorch import task
 
     return changes[task, "launcher_entrypoint"].theirs(*arguments)

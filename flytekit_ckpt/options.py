@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 StorageOptions = Mapping[str, Any]
 """Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`."""
@@ -39,16 +40,45 @@ class StateOptions(TypedDict, total=False):
 
 
 class CheckpointOptions(StateOptions, total=False):
-    """Options of a task attempt's checkpoint, with either API: those of `StateOptions`, and one more.
+    """Options of a task attempt's checkpoint, with either API: those of `StateOptions`, and more.
 
     Parameters
     ----------
     carry_forward : bool, default True
-        Whether the previous checkpoint, once loaded, is carried forward to `checkpoint_dest`, unless something is there
-        or is being saved: so that an attempt which dies before its first save does not lose it.
+        Whether the previous checkpoint is carried forward to `checkpoint_dest`, from the moment in which this attempt
+        is known, unless something is there or is being saved: so that an attempt which dies before its first save does
+        not lose it.
+    home : str, optional
+        URI or path of a folder in which every save leaves a pointer to itself, under a key that all attempts of one
+        task of one run share. A load that finds neither the source nor what this attempt has saved asks there, so that
+        any number of attempts may die before they carry anything forward. The variable `FLYTEKIT_CKPT_HOME` for the
+        checkpoints that the platform gives if not given; needs a Flyte container or `flytekit-ckpt run`.
+    resume_from : str, optional
+        Where to resume from if the run has no checkpoint of its own: the URI or path of a checkpoint, or, with a home,
+        the name of a run of the same task, or `"latest"` for the newest of them. The variable
+        `FLYTEKIT_CKPT_RESUME_FROM` for the checkpoints that the platform gives if not given.
+    fallback : "older", optional
+        Whether a damaged checkpoint is passed over, with a warning, for the newest whole one. An error if not given.
     """
 
     carry_forward: bool
+    home: str | None
+    resume_from: str | None
+    fallback: Literal["older"] | None
+
+
+of_attempts = CheckpointOptions()
+"""What `install` was given, for the checkpoints of task attempts."""
+
+_VARIABLES = {"home": "FLYTEKIT_CKPT_HOME", "resume_from": "FLYTEKIT_CKPT_RESUME_FROM"}
+
+
+def completed(given: CheckpointOptions, *, is_attempts: bool) -> CheckpointOptions:
+    """Fill in what was not given for the checkpoint of the running attempt; any other has what it was given."""
+    if not is_attempts:
+        return given
+    environment = {name: value for name, variable in _VARIABLES.items() if (value := os.environ.get(variable))}
+    return CheckpointOptions(**{**environment, **of_attempts, **given})  # type: ignore[typeddict-item]
 
 
 def check_names(options: Mapping[str, object], known: type, function: str) -> None:

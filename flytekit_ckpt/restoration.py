@@ -15,14 +15,13 @@ from pathlib import Path
 from flytekit_ckpt import storage
 from flytekit_ckpt.entries import Entry, stream_entry
 from flytekit_ckpt.errors import CheckpointError, StorageError
-from flytekit_ckpt.layout import Event, Payload, Tree, naming
+from flytekit_ckpt.layout import Event, Found, Payload, naming
 from flytekit_ckpt.storage import Settings
 from flytekit_ckpt.unpacking import unpack
 
 
 def restore(
-    uri: str,
-    found: Payload | Tree,
+    found: Found,
     payload_name: str,
     folder: Path,
     settings: Settings,
@@ -33,10 +32,8 @@ def restore(
 
     Parameters
     ----------
-    uri : str
-        Where it came from, for messages.
-    found : Payload or Tree
-        The checkpoint, as `get` opened it.
+    found : Found
+        The checkpoint, and where it was found.
     payload_name : str
         File name for a payload.
     folder : pathlib.Path
@@ -53,10 +50,11 @@ def restore(
     """
     started = time.perf_counter()
     seen = _Counter()
-    if isinstance(found, Payload):
-        entries: Iterable[Entry] = [stream_entry(payload_name, found.chunks, found.size)]
+    uri, content = found.uri, found.content
+    if isinstance(content, Payload):
+        entries: Iterable[Entry] = [stream_entry(payload_name, content.chunks, content.size)]
     else:
-        entries = found.entries
+        entries = content.entries
     with naming(uri), _local_failures(uri, folder), _staging(folder) as staging:
         unpacked = unpack(seen.counting(entries), staging, memory=settings.share // 4)
         if emptied:
@@ -66,8 +64,8 @@ def restore(
             raise StorageError(message)
         _place(staging, folder)
         unpacked.set_folder_attributes(folder)
-    shape = "payload" if isinstance(found, Payload) else "tree"
-    Event("restored", shape, seen.bytes, time.perf_counter() - started, storage.public(uri)).log()
+    shape = "payload" if isinstance(content, Payload) else "tree"
+    Event("restored", shape, seen.bytes, time.perf_counter() - started, storage.public(uri), found.origin).log()
     return unpacked.names
 
 

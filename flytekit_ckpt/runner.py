@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from flytekit_ckpt import attempts, context, errors, layout, restoration, storage
+from flytekit_ckpt.options import CheckpointOptions, of_attempts
+from flytekit_ckpt.running import Running
 
 
 class TaskFailedError(Exception):
@@ -38,6 +40,7 @@ def run(
     retries: int = 0,
     root: str | None = None,
     preempt_after: float | None = None,
+    options: CheckpointOptions | None = None,
     report: Callable[[str], None],
 ) -> Any:
     """Run a function or a flytekit task through attempts, each a process and a destination of its own.
@@ -58,6 +61,8 @@ def run(
         at the end, if not given.
     preempt_after : float, optional
         Seconds after which every attempt is killed with SIGKILL, counted from the start of the task's own code.
+    options : CheckpointOptions, optional
+        Options of the task's checkpoint, such as `home` and `resume_from`.
     report : callable
         Takes each line that says what happens.
 
@@ -78,7 +83,8 @@ def run(
         elif (path := storage.local_path(root)) is not None:
             # The task may change its working directory.
             root = str(path.absolute())
-        prefix = f"{root.rstrip('/')}/{function}-{uuid.uuid4().hex[:8]}"
+        name = f"{function}-{uuid.uuid4().hex[:8]}"
+        prefix = f"{root.rstrip('/')}/{name}"
         report(f"checkpoints: {storage.public(prefix)}")
         source = None
         for number in range(1, retries + 2):
@@ -87,7 +93,8 @@ def run(
             with contextlib.ExitStack() as disk:
                 # What an attempt leaves on its machine goes with it.
                 scratch = _temporary(disk, "flytekit_ckpt-attempt-")
-                attempt = _Attempt(target, inputs, destination, source, scratch, report)
+                known = Running(destination, source, "local", "local", name, Path(target).name, function, number - 1)
+                attempt = _Attempt(target, inputs, known, options or {}, scratch, report)
                 how = attempt.follow(preempt_after)
             report(f"  {how} after {attempt.seconds:.2f} s")
             if attempt.succeeded:
@@ -112,8 +119,8 @@ class _Attempt:
         self,
         target: str,
         inputs: Mapping[str, str],
-        destination: str,
-        source: str | None,
+        known: Running,
+        options: CheckpointOptions,
         scratch: str,
         report: Callable[[str], None],
     ) -> None:
@@ -125,7 +132,7 @@ class _Attempt:
         # A process that shares nothing with this one, as on the platform.
         spawn = multiprocessing.get_context("spawn")
         self._events, theirs = spawn.Pipe(duplex=False)
-        arguments = (theirs, target, dict(inputs), destination, source, scratch)
+        arguments = (theirs, target, dict(inputs), known, options, scratch)
         self._process = spawn.Process(target=_attempt, args=arguments)
         self._started = time.monotonic()
         self._process.start()
@@ -246,8 +253,8 @@ def _attempt(
     events: multiprocessing.connection.Connection[Any, Any],
     target: str,
     inputs: dict[str, str],
-    destination: str,
-    source: str | None,
+    known: Running,
+    options: CheckpointOptions,
     scratch: str,
 ) -> None:
     os.setsid()
@@ -261,10 +268,11 @@ def _attempt(
     logger.propagate = False
     logger.addHandler(_EventSender(events))
     try:
+        of_attempts.update(options)
+        attempts.set_runner_checkpoint(known)
         function = _loaded(target)
         arguments = _arguments(function, inputs)
         context.install()
-        attempts.set_runner_checkpoint(destination, source)
         events.send(("started", None))
         value = function(**arguments)
         if inspect.iscoroutine(value):

@@ -14,12 +14,13 @@ from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
 from flytekit_ckpt import layout, restoration, storage, termination
-from flytekit_ckpt.carry_forward import CarryForward
 from flytekit_ckpt.files import file_chunks
 from flytekit_ckpt.folders import folder_size, scan_folder
+from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock, Queue
 from flytekit_ckpt.options import CheckpointOptions, check_names
 from flytekit_ckpt.pipeline import Callback, Chunk
+from flytekit_ckpt.resumption import Resumption
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -69,7 +70,7 @@ class Checkpoint(BaseCheckpoint):
         saved. Blank, or a pair of quotes, means that there was none.
     **options
         Those of `flytekit_ckpt.options.CheckpointOptions`: `storage_options`, `memory_budget`, `retries`, `timeout`,
-        `restore_limit`, `carry_forward`.
+        `restore_limit`, `carry_forward`, `home`, `resume_from`, `fallback`.
 
     Examples
     --------
@@ -88,15 +89,12 @@ class Checkpoint(BaseCheckpoint):
         check_names(options, CheckpointOptions, type(self).__name__)
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = layout.named_source(checkpoint_src)
-        self._settings = storage.Settings.of(options)
-        self._carry_forward = CarryForward(
-            self._checkpoint_src, self._checkpoint_dest, self._settings, is_wanted=options.get("carry_forward", True)
-        )
+        self._resumption = Resumption(self._checkpoint_dest, self._checkpoint_src, options)
         self._workspace: Path | None = None
         self._loaded: Path | None = None
         self._lock = ForkSafeLock()
         self._saves = Queue()
-        self._carry_forward.close_with(self)
+        self._resumption.carry_forward.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it loads anew.
@@ -121,8 +119,8 @@ class Checkpoint(BaseCheckpoint):
             return self._workspace
 
     def close(self) -> None:
-        """Wait until what was loaded has been carried forward, and remove the local folder; done by `with` too."""
-        self._carry_forward.close()
+        """Wait until the previous checkpoint has been carried forward, and remove the local folder; done by `with`."""
+        self._resumption.carry_forward.close()
         with self._lock:
             if self._workspace is not None:
                 restoration.remove_tree(self._workspace)
@@ -135,8 +133,11 @@ class Checkpoint(BaseCheckpoint):
         self.close()
 
     def prev_exists(self) -> bool:
-        """Tell whether a source was given; whether a checkpoint is there, only loading can tell."""
-        return self._checkpoint_src is not None
+        """Tell whether there may be a checkpoint, which only loading can tell.
+
+        True if a source was given, the platform has restarted this attempt, or there is a home or a run to resume from.
+        """
+        return self._resumption.may_find
 
     async def load(self, *, callback: Callback | None = None) -> Path | None:
         """Load the previous attempt's checkpoint without blocking the event loop; see `load_sync`."""
@@ -190,22 +191,17 @@ class Checkpoint(BaseCheckpoint):
             If it cannot be read, or the workspace cannot be written.
         """
         with self._lock:
-            if self._checkpoint_src is None or self._loaded is not None:
-                return self._loaded
-            found = layout.get(self._checkpoint_src, self._settings, callback)
-            if found is None:
-                layout.log_nothing(self._checkpoint_src)
-                return None
-            restoration.restore(
-                self._checkpoint_src, found, layout.PAYLOAD_NAME, self.path, self._settings, emptied=True
-            )
-            self._carry_forward.begin()
-            is_payload = isinstance(found, layout.Payload)
-            self._loaded = PayloadPath(self.path / layout.PAYLOAD_NAME) if is_payload else self.path
+            if self._loaded is None:
+                self._loaded = self._resumption.load(self._restore, callback)
             return self._loaded
 
+    def _restore(self, found: Found) -> Path:
+        restoration.restore(found, layout.PAYLOAD_NAME, self.path, self._resumption.settings, emptied=True)
+        is_payload = isinstance(found.content, layout.Payload)
+        return PayloadPath(self.path / layout.PAYLOAD_NAME) if is_payload else self.path
+
     def save_sync(self, data: Savable, *, callback: Callback | None = None) -> None:
-        """Save this attempt's checkpoint in ticket of what it saved before.
+        """Save this attempt's checkpoint in place of what it saved before.
 
         Saves of one instance happen one after the other, in the order of the calls, `save` included.
 
@@ -235,22 +231,23 @@ class Checkpoint(BaseCheckpoint):
         try:
             self._saves.wait_for(ticket, cancelled)
             if not cancelled.is_set():
-                turn = storage.turn(self._checkpoint_dest, self._settings.timeout, cancelled.is_set)
-                with termination.saving(), self._carry_forward.paused(), turn as sign:
-                    self._save(data, callback, cancelled, sign)
+                timeout = self._resumption.settings.timeout
+                turn = storage.turn(self._checkpoint_dest, timeout, cancelled.is_set)
+                with termination.saving(), self._resumption.carry_forward.paused(), turn as sign:
+                    self._resumption.record(self._save(data, callback, cancelled, sign))
         finally:
             self._saves.leave(ticket)
 
     def _save(
         self, data: Savable, callback: Callback | None, cancelled: threading.Event, sign: Callable[[], None]
-    ) -> None:
+    ) -> storage.Written:
         def step() -> None:
             sign()
             if cancelled.is_set():
                 raise storage.GivenUpError
 
-        dest, settings = self._checkpoint_dest, replace(self._settings, cancelled=cancelled)
-        options = layout.PutOptions(step=step)
+        dest, settings = self._checkpoint_dest, replace(self._resumption.settings, cancelled=cancelled)
+        options = replace(self._resumption.put_options, step=step)
         chunks: Iterable[Chunk]
         file: Path | None = None
         if not isinstance(data, (str, os.PathLike)):
@@ -262,13 +259,12 @@ class Checkpoint(BaseCheckpoint):
                 exclude = layout.not_into_itself(dest)
                 size = functools.partial(folder_size, path, exclude)
                 entries = scan_folder(path, exclude)
-                layout.put_tree(dest, entries, settings, size=size, callback=callback, options=options)
-                return
+                return layout.put_tree(dest, entries, settings, size=size, callback=callback, options=options)[0]
             if not path.is_file():
                 raise layout.not_savable(path)
             length = path.stat().st_size
             file, chunks = path, file_chunks(path, length)
-        layout.put_payload(
+        return layout.put_payload(
             dest, chunks, settings, size=length, file=file, keep_archives=True, callback=callback, options=options
         )
 

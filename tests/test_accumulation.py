@@ -162,7 +162,7 @@ def test_the_same_bytes_saved_as_were_carried_forward_stay(place: Place, tmp_pat
     saver(place, before).write(b"5")
     first = saver(place, uri, before)
     first.read()
-    first._carry_forward.close()
+    first._resumption.carry_forward.close()
     first.write(b"5")
     saver(place, uri, before).save(make(tmp_path / "files", {"a": b"1"}) / "a")
     assert found(place, uri) == {"_dst_cp": b"5", "a": b"1"}

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 import flytekit_ckpt
-from flytekit_ckpt import SyncCheckpoint, UnsafeCheckpointError, attempts, installation, v2
+from flytekit_ckpt import SyncCheckpoint, UnsafeCheckpointError, attempts, installation, options, v2
+from flytekit_ckpt.running import Running
 from tests.platforms import Flyte1, Flyte2, Platform, on_flyte, on_flytekit, retries_at_once
 
 # A user's module: its names come from every place that has them.
@@ -624,7 +625,7 @@ def test_options_hold_for_every_attempt_until_they_are_given_anew(
     monkeypatch.setattr(attempts, "runners", [])
 
     def read() -> bytes | None:
-        attempts.set_runner_checkpoint("", str(tmp_path / "before"))
+        attempts.set_runner_checkpoint(Running("", str(tmp_path / "before")))
         return flytekit_ckpt.current_checkpoint().read()
 
     try:
@@ -647,7 +648,7 @@ def test_an_unknown_option_is_an_error_and_installs_nothing() -> None:
     with pytest.raises(TypeError, match="retires"):
         flytekit_ckpt.install(retires=3)
     assert not installation._installed
-    assert not attempts.options_of_attempts
+    assert not options.of_attempts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

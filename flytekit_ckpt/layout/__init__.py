@@ -5,14 +5,18 @@ what Flyte 2 reads and writes. Payloads that a reader would take for something e
 tree whose one member, `payload`, is marked.
 """
 
-from flytekit_ckpt.layout.destination import copy, is_linked, link, look
+from flytekit_ckpt.layout.destination import copy, is_linked, link, look, state
 from flytekit_ckpt.layout.locations import not_into_itself
 from flytekit_ckpt.layout.reading import get, get_unit
 from flytekit_ckpt.layout.shapes import (
+    CARRIED,
     LEGACY_PAYLOAD_NAME,
     OBJECT_NAME,
     PAYLOAD_NAME,
+    RESUMED,
     Event,
+    Found,
+    Origin,
     Payload,
     Tree,
     as_bytes,
@@ -24,10 +28,14 @@ from flytekit_ckpt.layout.shapes import (
 from flytekit_ckpt.layout.writing import PutOptions, put_payload, put_tree, sized
 
 __all__ = [
+    "CARRIED",
     "LEGACY_PAYLOAD_NAME",
     "OBJECT_NAME",
     "PAYLOAD_NAME",
+    "RESUMED",
     "Event",
+    "Found",
+    "Origin",
     "Payload",
     "PutOptions",
     "Tree",
@@ -46,4 +54,5 @@ __all__ = [
     "put_payload",
     "put_tree",
     "sized",
+    "state",
 ]

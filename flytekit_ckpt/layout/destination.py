@@ -40,20 +40,28 @@ def look(
     # A limit is for what is restored.
     settings = replace(settings, restore_limit=None)
     while True:
-        state = target.state()
-        if state.object is None:
+        seen = target.state()
+        if seen.object is None:
             path = storage.local_path(uri)
             if path is not None and path.is_dir():
                 return None, local_folder(path)
-            return None, remote_folder(uri, settings) if state.has_files else None
-        if CARRIED in state.metadata or is_carried(state):
-            return state.object, None
+            return None, remote_folder(uri, settings) if seen.has_files else None
+        if CARRIED in seen.metadata or is_carried(seen):
+            return seen.object, None
         stored = target.get()
         # Unless somebody has removed it in between.
         if stored is not None:
             with naming(uri):
                 found = meaning(target.uri, stored, stored.chunks, settings)
             return storage.Written(stored.size, stored.version), found
+
+
+def state(uri: str, settings: Settings) -> storage.State:
+    """Look what is at a destination, in as few requests as possible."""
+    found = storage.at(written_uri(uri), settings).state()
+    local = storage.local_path(uri)
+    has_files = found.has_files or (local is not None and local.is_dir() and any(local.iterdir()))
+    return replace(found, has_files=has_files)
 
 
 def link(source: str, destination: str, settings: Settings) -> bool:
@@ -76,7 +84,13 @@ def is_linked(source: str, destination: str) -> bool:
         return False
 
 
-def copy(source: str, destination: str, settings: Settings, given_up: Callable[[], bool]) -> storage.Written | None:
+def copy(
+    source: str,
+    destination: str,
+    settings: Settings,
+    given_up: Callable[[], bool],
+    mark: storage.Metadata | None = None,
+) -> storage.Written | None:
     """Carry a checkpoint forward, unless something is at the destination; what flytekit 1 left becomes one object.
 
     Parameters
@@ -87,26 +101,38 @@ def copy(source: str, destination: str, settings: Settings, given_up: Callable[[
         How both are reached.
     given_up : callable
         Called repeatedly; tells whether to leave it, which raises `storage.GivenUpError`.
+    mark : mapping, optional
+        Added to the copy's metadata, where the storage keeps any.
 
     Returns
     -------
     Written or None
-        The copy; `None` if there was nothing to copy, or no room for it.
+        The copy; `None` if there was nothing to copy.
+
+    Raises
+    ------
+    ConflictError
+        If something is at the destination.
     """
-    target = _vacant(destination, settings)
-    if target is None:
-        return None
     path, is_folder = located(source)
     item = storage.at(source if path is None else str(path), settings)
-    if not is_folder and item.exists():
-        return item.copy_to(target, given_up, _MARK)
+    there = storage.State(None, has_files=True) if is_folder else item.state()
+    # One request is all that a task costs which has no checkpoint.
+    if there.object is None and not there.has_files:
+        return None
+    target = _vacant(destination, settings)
+    if target is None:
+        raise storage.ConflictError
+    marks = {**_MARK, **(mark or {})}
+    if there.object is not None:
+        return item.copy_to(target, given_up, marks)
     found = get(source, replace(settings, restore_limit=None))
 
     def step() -> None:
         if given_up():
             raise storage.GivenUpError
 
-    options = PutOptions(None, step, _MARK)
+    options = PutOptions(None, step, marks)
     if isinstance(found, Payload):
         return put_payload(destination, found.chunks, settings, size=found.size, options=options)
     if isinstance(found, Tree):
@@ -119,9 +145,6 @@ _MARK = {CARRIED: "yes"}
 
 def _vacant(destination: str, settings: Settings) -> storage.StoredObject | None:
     """Give the object to write, if there is nothing at its URI yet."""
-    target = storage.at(written_uri(destination), settings)
-    state = target.state()
-    local = storage.local_path(destination)
-    if state.object is not None or state.has_files or (local is not None and local.is_dir() and any(local.iterdir())):
-        return None
-    return target
+    found = state(destination, settings)
+    is_taken = found.object is not None or found.has_files
+    return None if is_taken else storage.at(written_uri(destination), settings)

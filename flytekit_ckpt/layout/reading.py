@@ -93,12 +93,12 @@ def meaning(uri: str, stored: storage.Stored, content: Iterator[Chunk], settings
         # Perhaps the beginning of an archive is damaged: then it is damaged as a gzip file too.
         chunks = members.intact(chunks)
     if kind in (Kind.OTHER, Kind.GZIP, Kind.ZEROS):
-        return Payload(stored.size, _exactly(uri, chunks, stored.size), stored.version)
+        return Payload(stored.size, _exactly(uri, chunks, stored.size), stored.version, stored.metadata)
     entries = _named(uri, archive.read(chunks, memory=settings.share))
     first = next(entries, None)
     if first is not None and first.is_payload:
-        return Payload(first.info.size, _single(uri, first, entries), stored.version)
-    return Tree(entries if first is None else _first_then(first, entries), stored.version)
+        return Payload(first.info.size, _single(uri, first, entries), stored.version, stored.metadata)
+    return Tree(entries if first is None else _first_then(first, entries), stored.version, stored.metadata)
 
 
 def get_unit(uri: str, unit: Unit, written: storage.Written, settings: Settings) -> Iterator[Entry]:

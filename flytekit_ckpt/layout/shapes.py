@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flytekit_ckpt import storage
@@ -31,6 +31,8 @@ SHAPE = "shape"
 CRC32 = "crc32"
 # That an object was only carried forward: whoever saves replaces it.
 CARRIED = "carried"
+# The checkpoint that the attempt which saved it had resumed from, where no source led there.
+RESUMED = "resumed"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Payload:
     size: int
     chunks: Iterator[Chunk]
     version: str | None
+    metadata: storage.Metadata = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,37 @@ class Tree:
 
     entries: Iterator[Entry]
     version: str | None
+    metadata: storage.Metadata = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint was found.
+
+    Attributes
+    ----------
+    place : str
+        `"source"`, `"own destination"`, `"home"` or `"other run"`; blank where only one place was asked for.
+    passed_over : tuple of str
+        The places that were looked at before, and why each was passed over.
+    """
+
+    place: str
+    passed_over: tuple[str, ...]
+
+    def __str__(self) -> str:
+        passed = f"passed over: {'; '.join(self.passed_over)}" if self.passed_over else ""
+        told = "; ".join(part for part in (self.place, passed) if part)
+        return f" ({told})" if told else ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was found: its URI, what it holds, and which place that is."""
+
+    uri: str
+    content: Payload | Tree
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -64,7 +98,9 @@ class Event:
         Bytes of the object as stored (restored: of the payload, or of the tree's files).
     seconds : float
     uri : str
-        The object, without credentials.
+        The object, without credentials; blank if there was no checkpoint.
+    origin : Origin
+        Of a restore: which of the places that were looked at it was found in.
     """
 
     operation: str
@@ -72,11 +108,11 @@ class Event:
     size: int
     seconds: float
     uri: str
+    origin: Origin = field(default_factory=lambda: Origin("", ()))
 
     def log(self) -> None:
-        message = "%s %s, %d bytes in %.3f s: %s"
-        arguments = (self.operation, self.shape, self.size, self.seconds, self.uri)
-        logger.info(message, *arguments, extra={"checkpoint": self})
+        told = f", {self.size} bytes in {self.seconds:.3f} s: {self.uri}" if self.uri else ""
+        logger.info("%s %s%s%s", self.operation, self.shape, told, self.origin, extra={"checkpoint": self})
 
 
 def named_source(checkpoint_src: str | None) -> str | None:
@@ -126,6 +162,6 @@ def naming(uri: str) -> Iterator[None]:
         raise type(error)(message) from error
 
 
-def log_nothing(uri: str) -> None:
+def log_nothing(origin: Origin) -> None:
     """Log that a restore found no checkpoint."""
-    Event("restored", "nothing", 0, 0.0, storage.public(uri)).log()
+    Event("restored", "nothing", 0, 0.0, "", origin).log()

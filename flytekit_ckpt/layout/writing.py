@@ -7,7 +7,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,11 +40,14 @@ class PutOptions:
         Called repeatedly while it is stored; what it raises ends that, and leaves what was there.
     mark : mapping
         Added to the object's metadata.
+    is_summed : bool
+        Whether the CRC-32 of the object is wanted.
     """
 
     replaced: storage.Replaced = storage.ANYTHING
     step: Callable[[], object] = lambda: None
     mark: storage.Metadata = field(default_factory=dict)
+    is_summed: bool = False
 
 
 def put_payload(
@@ -227,15 +230,26 @@ def _put(
 ) -> storage.Written:
     started = time.perf_counter()
     target = storage.at(written_uri(uri), settings)
+    crc: list[int] = [0] if options.is_summed else []
     written = target.put(
-        _with_steps(chunks, options.step),
+        _with_steps(_summed(chunks, crc), options.step),
         size=size,
         previous=previous,
         describe=lambda: {**describe(), **options.mark},
         replaced=options.replaced,
     )
     Event("saved", shape, written.size, time.perf_counter() - started, storage.public(target.uri)).log()
-    return written
+    return replace(written, crc32=f"{crc[0]:08x}") if crc else written
+
+
+def _summed(chunks: Iterable[Chunk | Range], crc: list[int]) -> Iterator[Chunk | Range]:
+    """Pass an object on, and its CRC-32 at the end; none of one whose bytes do not all come by here."""
+    for chunk in chunks:
+        if isinstance(chunk, Range):
+            crc.clear()
+        elif crc:
+            crc[0] = members.crc32(chunk, crc[0])
+        yield chunk
 
 
 def _with_steps(chunks: Iterator[_Item], step: Callable[[], object]) -> Iterator[_Item]:

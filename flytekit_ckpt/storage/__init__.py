@@ -7,7 +7,7 @@ everything else goes through fsspec's general interface.
 from __future__ import annotations
 
 from flytekit_ckpt.storage.azure import AzureObject
-from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, overwritten, undisturbed
+from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, is_forbidden, overwritten, undisturbed
 from flytekit_ckpt.storage.gcs import GcsObject
 from flytekit_ckpt.storage.general import FsspecObject
 from flytekit_ckpt.storage.local import ATTRIBUTE, LocalObject
@@ -28,7 +28,7 @@ from flytekit_ckpt.storage.objects import (
 from flytekit_ckpt.storage.s3 import S3Object
 from flytekit_ckpt.storage.slots import is_temporary
 from flytekit_ckpt.storage.turns import turn
-from flytekit_ckpt.storage.uris import local_path, public
+from flytekit_ckpt.storage.uris import canonical, local_path, public
 
 __all__ = [
     "ANYTHING",
@@ -52,6 +52,8 @@ __all__ = [
     "StoredObject",
     "Written",
     "at",
+    "canonical",
+    "is_forbidden",
     "is_temporary",
     "local_path",
     "overwritten",

@@ -121,6 +121,18 @@ def _is_of_the_network(error: BaseException) -> bool:
     return bool(names & passing) and not names & lasting
 
 
+def is_forbidden(error: BaseException) -> bool:
+    """Tell whether a failure is that of a permission."""
+    behind: BaseException | None = error
+    while behind is not None:
+        # Google's and Azure's clients have the status of the answer.
+        statuses = (getattr(behind, name, None) for name in ("status", "code", "status_code"))
+        if isinstance(behind, PermissionError) or 403 in statuses or s3_code(behind) in ("AccessDenied", "403"):
+            return True
+        behind = behind.__cause__
+    return False
+
+
 class GivenUpError(Exception):
     """Copying an object was given up: the caller asked for it, or something else is there."""
 

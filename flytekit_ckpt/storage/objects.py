@@ -97,10 +97,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Written:
-    """An object that was written: its size in bytes and its version, as in `Stored`."""
+    """An object that was written: its size in bytes and its version, as in `Stored`; its CRC-32, if that was wanted."""
 
     size: int
     version: str | None
+    crc32: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +13,12 @@ def local_path(uri: str) -> Path | None:
         if uri.startswith(scheme):
             return Path(uri[len(scheme) :])
     return None if "://" in uri else Path(uri)
+
+
+def canonical(uri: str) -> str:
+    """Return one and the same text for a URI or path, however it is written."""
+    path = local_path(uri)
+    return uri.rstrip("/") if path is None else os.path.abspath(path)
 
 
 def public(uri: str) -> str:

@@ -77,8 +77,8 @@ class Task:
         self.number += 1
         what = self.random.choice(["save", "save", "die", "fork"])
         if what == "die" and found is not None:
-            assert checkpoint._carry_forward._copying is not None
-            checkpoint._carry_forward._copying.result()
+            assert checkpoint._resumption.carry_forward._copying is not None
+            checkpoint._resumption.carry_forward._copying.result()
             return
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             tree = make(Path(folder), {"step": b"%d" % self.number, "weights": self.random.randbytes(10 << 20)})
