@@ -58,8 +58,9 @@ attempts: weakref.WeakKeyDictionary[Any, Attempt] = weakref.WeakKeyDictionary()
 runners: list[Attempt] = []
 
 
-# The attempt that the command line names, which is known before the platform has made a checkpoint for it.
-named: dict[tuple[str | None, str | None], Attempt] = {}
+# The attempt that the command line names, which is known before the platform has made a checkpoint for it; `None` once
+# it has.
+named: dict[tuple[str | None, str | None], Attempt | None] = {}
 
 
 def set_runner_checkpoint(running_attempt: Running) -> None:
@@ -71,25 +72,20 @@ def begin() -> None:
     """Begin to carry forward for the attempt that is known already; called by `install`."""
     with lock:
         known = running.running()
-        if known.destination is not None and known.source is not None:
-            _attempt(known)
+        key = known.destination, known.source
+        if known.destination is not None and known.source is not None and key not in named:
+            named[key] = Attempt(known)
 
 
 def attempt_of(theirs: Any, known: Running) -> Attempt:
     """Give the attempt that a checkpoint of flytekit's or flyte's own belongs to."""
     if theirs not in attempts:
-        attempts[theirs] = _attempt(known)
+        key = known.destination, known.source
+        attempts[theirs] = named.get(key) or Attempt(known)
+        if key in named:
+            # Once: attempts of a local run of Flyte 2 have their places in common.
+            named[key] = None
     return attempts[theirs]
-
-
-def _attempt(known: Running) -> Attempt:
-    key = known.destination, known.source
-    if known != running.running() or known.destination is None:
-        return Attempt(known)
-    if key not in named:
-        named.clear()
-        named[key] = Attempt(known)
-    return named[key]
 
 
 def runner_attempt() -> Attempt | None:

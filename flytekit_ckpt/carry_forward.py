@@ -165,6 +165,8 @@ class CarryForward:
             return
         if self._has_linked():
             return
+        for uri in (self._source, self._destination):
+            storage.import_client(uri)
         pool = concurrent.futures.ThreadPoolExecutor(1, f"{WORKERS}-carry")
         # Unless the interpreter is on its way out.
         with contextlib.suppress(RuntimeError):

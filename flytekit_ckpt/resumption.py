@@ -39,7 +39,7 @@ class Resumption:
 
     def __init__(self, destination: str, source: str | None, options: CheckpointOptions) -> None:
         attempt = running()
-        options = completed(options, is_attempts=bool(destination) and attempt.destination == destination)
+        options = completed(options, is_attempts=attempt.destination == destination)
         self._destination = destination
         self._source = source
         self.settings = Settings.of(options)

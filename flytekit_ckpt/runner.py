@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flytekit_ckpt import attempts, context, errors, layout, restoration, storage
-from flytekit_ckpt.options import CheckpointOptions, of_attempts
+from flytekit_ckpt.options import CheckpointOptions
 from flytekit_ckpt.running import Running
 
 
@@ -268,11 +268,10 @@ def _attempt(
     logger.propagate = False
     logger.addHandler(_EventSender(events))
     try:
-        of_attempts.update(options)
-        attempts.set_runner_checkpoint(known)
         function = _loaded(target)
         arguments = _arguments(function, inputs)
-        context.install()
+        context.install(**options)
+        attempts.set_runner_checkpoint(known)
         events.send(("started", None))
         value = function(**arguments)
         if inspect.iscoroutine(value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -80,6 +81,8 @@ class Platform(ABC):
         Where the first attempt's checkpoint comes from.
     environment : mapping, optional
         Variables that every attempt's process gets in addition.
+    run_name : str, default "r"
+        The run that it belongs to.
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class Platform(ABC):
         *,
         source: str | None = None,
         environment: Mapping[str, str] | None = None,
+        run_name: str = "r",
     ) -> None:
+        self.run_name = run_name
         self.file, self.task, self.inputs, self.root, self.scratch = file, task, inputs, root, scratch
         self.source = source
         self.environment = environment or {}
@@ -116,11 +121,15 @@ class Platform(ABC):
         """Call one attempt, whose source is where the attempt before it saved to; or restart the last one."""
         number = len(self.attempts) + (not restart)
         source = self.destination(number - 1) if number > 1 else self.source
-        outputs = self.scratch / f"outputs-{len(self.attempts)}"
+        # As the platform names it; an attempt that is restarted has it again.
+        outputs = self.scratch / f"p-d-{self.run_name}" / "n0" / "data" / str(number - 1)
+        shutil.rmtree(outputs, ignore_errors=True)
         outputs.mkdir(parents=True)
         (outputs / "inputs.pb").write_bytes(self._encoded())
         command = self._command(outputs, self.destination(number), source)
-        variables = {**self.environment, **({"JOBSET_RESTART_ATTEMPT": "1"} if restart else {})}
+        variables = {"FLYTE_ATTEMPT_NUMBER": str(number - 1), **self.environment}
+        if restart:
+            variables["JOBSET_RESTART_ATTEMPT"] = "1"
         lines, killed = printed(command, self.file.parent, kill_at, variables)
         attempt = Attempt(lines, "killed") if killed else self._ended(outputs, lines)
         self.attempts.append(attempt)
@@ -162,7 +171,14 @@ class Flyte1(Platform):
 
     def _command(self, outputs: Path, destination: str, source: str | None) -> list[str]:
         # As in flytekit's images: not every release looks into the working directory.
-        self.environment = {"PYTHONPATH": str(self.file.parent), **self.environment}
+        self.environment = {
+            "PYTHONPATH": str(self.file.parent),
+            "FLYTE_INTERNAL_EXECUTION_PROJECT": "p",
+            "FLYTE_INTERNAL_EXECUTION_DOMAIN": "d",
+            "FLYTE_INTERNAL_EXECUTION_ID": self.run_name,
+            "FLYTE_INTERNAL_TASK_NAME": f"{self.file.stem}.{self.task}",
+            **self.environment,
+        }
         return [
             script("pyflyte-execute"),
             *("--inputs", str(outputs / "inputs.pb"), "--output-prefix", str(outputs)),
@@ -204,7 +220,7 @@ class Flyte2(Platform):
             *("--inputs", str(outputs / "inputs.pb"), "--outputs-path", str(outputs)),
             *("--version", "v", "--run-base-dir", str(outputs), "--raw-data-path", str(outputs / "raw")),
             *("--checkpoint-path", destination, "--prev-checkpoint", source or ""),
-            *("--name", "a0", "--run-name", "r", "--org", "o", "--project", "p", "--domain", "d"),
+            *("--name", "a0", "--run-name", self.run_name, "--org", "o", "--project", "p", "--domain", "d"),
             *("--resolver", self.resolver, "mod", self.file.stem, "instance", self.task),
         ]
 

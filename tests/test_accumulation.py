@@ -334,7 +334,6 @@ def test_a_fork_waits_for_what_its_parent_carries_forward(
     """Ceph's gateway would let the one replace the other."""
     before, uri = s3.uri(), s3.uri()
     saver(s3, before).write(b"old")
-    checkpoint = kind(uri, before, storage_options=s3.options)
     begun, original = threading.Event(), layout.copy
 
     def slow(*arguments: Any) -> Any:
@@ -343,6 +342,7 @@ def test_a_fork_waits_for_what_its_parent_carries_forward(
         return original(*arguments)
 
     monkeypatch.setattr(layout, "copy", slow)
+    checkpoint = kind(uri, before, storage_options=s3.options)
     checkpoint.restore() if kind is SyncCheckpoint else checkpoint.load_sync()
     assert begun.wait(10)
     child = os.fork()

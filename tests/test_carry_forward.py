@@ -183,8 +183,8 @@ def test_instances_may_be_made_while_another_saves_to_the_same_destination(tmp_p
 def test_a_save_by_another_instance_gives_it_up_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, destination = tmp_path / "first", tmp_path / "second"
     SyncCheckpoint(str(source)).write(b"5")
-    loading, saving = SyncCheckpoint(str(destination), str(source)), Checkpoint(f"file://{destination}", str(source))
     begun = held(monkeypatch)
+    loading, saving = SyncCheckpoint(str(destination), str(source)), Checkpoint(f"file://{destination}", str(source))
     loading.read()
     assert begun.wait(10)
     saving.save_sync(b"6")
@@ -291,7 +291,6 @@ def test_it_is_given_up_for_a_save_and_taken_up_when_that_fails(
 ) -> None:
     SyncCheckpoint(str(tmp_path / "first")).write(b"5")
     destination = tmp_path / "second"
-    checkpoint = SyncCheckpoint(str(destination), str(tmp_path / "first"))
     real = os.fsync
 
     def fsync(file: int) -> None:
@@ -303,6 +302,7 @@ def test_it_is_given_up_for_a_save_and_taken_up_when_that_fails(
     monkeypatch.setattr(os, "fsync", fsync)
     with monkeypatch.context() as patch:
         begun = held(patch)
+        checkpoint = SyncCheckpoint(str(destination), str(tmp_path / "first"))
         checkpoint.read()
         assert begun.wait(10)
         with pytest.raises(StorageError):
@@ -454,8 +454,8 @@ raise SystemExit(3)
 
 def test_a_forked_process_does_not_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SyncCheckpoint(str(tmp_path / "first")).write(b"5")
-    checkpoint = SyncCheckpoint(str(tmp_path / "second"), str(tmp_path / "first"))
     begun = held(monkeypatch)
+    checkpoint = SyncCheckpoint(str(tmp_path / "second"), str(tmp_path / "first"))
     checkpoint.read()
     assert begun.wait(10)
     child = os.fork()

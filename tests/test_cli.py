@@ -45,6 +45,7 @@ def test_the_output_says_of_every_attempt_what_was_restored_and_saved_and_how_it
     patterns = [
         r"checkpoints: /.*/work-\w+",
         r"attempt 1 of 5",
+        r"  restored nothing",
         r"  saved payload, 505 B in \d+\.\d+ s",
         r"  raised FlyteRecoverableException: once after \d+\.\d+ s",
         r"attempt 2 of 5",

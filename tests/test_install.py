@@ -571,7 +571,7 @@ def test_the_innermost_task_is_the_one_that_is_asked_for(tmp_path: Path, monkeyp
     import flyte
 
     outer = str(tmp_path / "outer")
-    monkeypatch.setattr(attempts, "runners", [attempts.Attempt(outer, None)])
+    monkeypatch.setattr(attempts, "runners", [attempts.Attempt(Running(outer))])
 
     def work() -> bool:
         return flytekit_ckpt.current_checkpoint()._checkpoint_dest == flyte.ctx().checkpoint.remote_destination  # type: ignore[attr-defined]

@@ -6,10 +6,12 @@ everything else goes through fsspec's general interface.
 
 from __future__ import annotations
 
+import contextlib
+
 from flytekit_ckpt.storage.azure import AzureObject
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, is_forbidden, overwritten, undisturbed
 from flytekit_ckpt.storage.gcs import GcsObject
-from flytekit_ckpt.storage.general import FsspecObject
+from flytekit_ckpt.storage.general import FsspecObject, filesystem_class
 from flytekit_ckpt.storage.local import ATTRIBUTE, LocalObject
 from flytekit_ckpt.storage.objects import (
     ANYTHING,
@@ -53,6 +55,7 @@ __all__ = [
     "Written",
     "at",
     "canonical",
+    "import_client",
     "is_forbidden",
     "is_temporary",
     "local_path",
@@ -71,6 +74,17 @@ def at(uri: str, settings: Settings | None = None) -> StoredObject:
     # But for the root of a store.
     uri = uri if uri.endswith("://") else uri.rstrip("/")
     return _KINDS.get(uri.partition("://")[0], FsspecObject)(uri, settings)
+
+
+def import_client(uri: str) -> None:
+    """Import what reaches a URI, in the calling thread, before another one uses it.
+
+    Two threads that import parts of one package block each other, for which Python fails one of the two imports.
+    """
+    if local_path(uri) is None:
+        # Whoever uses it is told.
+        with contextlib.suppress(ImportError, ValueError):
+            filesystem_class(uri.partition("://")[0])
 
 
 _KINDS = {

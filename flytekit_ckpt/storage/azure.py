@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
 from flytekit_ckpt.storage.asynchronous import AsyncObject, Found, refused
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, IncompleteAnswerError, s3_code
-from flytekit_ckpt.storage.general import _filesystem_class
+from flytekit_ckpt.storage.general import filesystem_class
 from flytekit_ckpt.storage.objects import (
     CONCURRENCY,
     PART_SIZE,
@@ -50,7 +50,7 @@ class AzureObject(AsyncObject):
 
     @property
     def _filesystem(self) -> Any:
-        return _filesystem_class("abfs")(**self._options, use_listings_cache=False)
+        return filesystem_class("abfs")(**self._options, use_listings_cache=False)
 
     def _divided(self, chunks: Iterator[Chunk], size: Callable[[], int] | None) -> Iterator[bytes]:
         # The server takes 50,000 blocks of up to 4,000 MiB.

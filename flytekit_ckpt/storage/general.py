@@ -41,7 +41,7 @@ class FsspecObject(StoredObject):
         return self._connected()
 
     def _connected(self, **arguments: Any) -> Any:
-        return _filesystem_class(self._protocol)(**self._options, use_listings_cache=False, **arguments)
+        return filesystem_class(self._protocol)(**self._options, use_listings_cache=False, **arguments)
 
     @property
     def _key(self) -> str:
@@ -199,7 +199,7 @@ def warn_of_no_conditions(protocol: str) -> None:
     )
 
 
-def _filesystem_class(protocol: str) -> Any:
+def filesystem_class(protocol: str) -> Any:
     """Return fsspec's own filesystem for a protocol.
 
     Flyte 2 registers obstore's in place of some: those only work inside an event loop, and what a failed save has sent
@@ -208,7 +208,7 @@ def _filesystem_class(protocol: str) -> Any:
     import fsspec
     from fsspec.registry import known_implementations
 
-    found = fsspec.get_filesystem_class(protocol)
+    found = fsspec.getfilesystem_class(protocol)
     if found.__module__.partition(".")[0] != "obstore":
         return found
     known = known_implementations[protocol]

@@ -106,8 +106,8 @@ def load(content: bytes) -> Tree | None:
                 warnings.simplefilter("ignore")
                 opened = layout.get(str(source), SETTINGS)
                 if opened is not None:
-                    found = layout.Found(str(source), opened, layout.Origin("", ()))
-                    restoration.restore(found, layout.PAYLOAD_NAME, target, SETTINGS)
+                    whole = layout.Found(str(source), opened, layout.Origin("", ()))
+                    restoration.restore(whole, layout.PAYLOAD_NAME, target, SETTINGS)
         except CheckpointError:
             assert os.listdir(target) == ["prior"]
             assert (target / "prior").read_bytes() == b"prior"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flytekit_ckpt import members, restoration, unpacking
+from flytekit_ckpt import layout, members, restoration, unpacking
 from flytekit_ckpt.errors import CorruptCheckpointError
 from tests import limits
 from tests.fuzz import check, corpus
@@ -62,17 +62,15 @@ def test_a_changed_header_gets_its_checksum() -> None:
 
 
 def test_a_restore_that_writes_outside_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        restoration, "restore", lambda uri, found, name, folder, settings: (folder.parent / "evil").touch()
-    )
+    monkeypatch.setattr(restoration, "restore", lambda found, name, folder, settings: (folder.parent / "evil").touch())
     with pytest.raises(AssertionError, match="outside the folder"):
         check.load(ours(file("a") + END))
 
 
 def test_a_refusal_that_leaves_something_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(uri: str, found: object, name: str, folder: Path, settings: object) -> None:
+    def half(found: layout.Found, name: str, folder: Path, settings: object) -> None:
         (folder / "half").touch()
-        raise CorruptCheckpointError(uri)
+        raise CorruptCheckpointError(found.uri)
 
     monkeypatch.setattr(restoration, "restore", half)
     with pytest.raises(AssertionError):
