@@ -177,7 +177,7 @@ class Resumption:
             pointer = self._home.find_in(resume_from)
             if pointer is None:
                 passed.append(f"other run: the home knows no checkpoint of this task in {resume_from!r}")
-                logger.warning("resume_from=%r: the home knows no checkpoint of this task there", resume_from)
+                logger.warning("resume_from=%s: the home knows no checkpoint of this task there", resume_from)
             else:
                 yield from (("other run", one.checkpoint) for one in (pointer, *pointer.older))
 

@@ -430,3 +430,46 @@ def test_pointers_are_ordered_by_attempt_and_then_by_time() -> None:
     early, late = "2026-01-01T00:00:00+00:00", "2026-01-01T00:30:00+01:00"
     assert pointer(1, early).rank > pointer(0, late).rank
     assert pointer(1, late).rank < pointer(1, early).rank
+
+
+# Workers that torch elastic restarts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+def test_workers_that_torchrun_restarts_go_on_from_their_own_newest(place: Place, tmp_path: Path) -> None:
+    """One of two workers is killed in the middle; all are restarted, and none goes back to the source."""
+    pytest.importorskip("torch")
+    source, destination = place.uri(), place.uri()
+    SyncCheckpoint(source, storage_options=place.options).write(b"0")
+    file = tmp_path / "train.py"
+    file.write_text(f"""
+import os, signal
+import torch, torch.distributed
+from flytekit_ckpt import SyncCheckpoint
+
+torch.distributed.init_process_group("gloo")
+rank, count = torch.distributed.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+cp = SyncCheckpoint({destination!r}, {source!r}, storage_options={place.options!r})
+start = int(cp.read())
+print(f"rank {{rank}} after {{count}} restarts starts at {{start}}", flush=True)
+torch.distributed.barrier()
+for step in range(start, 6):
+    total = torch.tensor([step])
+    torch.distributed.all_reduce(total)
+    if rank == 0:
+        cp.write(b"%d" % (step + 1))
+    torch.distributed.barrier()
+    if step == 3 and count == 0 and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.distributed.destroy_process_group()
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", str(file)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    starts = sorted(line for line in ended.stdout.splitlines() if line.startswith("rank"))
+    restarted = [line.rpartition(" ")[2] for line in starts if "after 1 restarts" in line]
+    assert [line for line in starts if "after 0" in line] == [
+        f"rank {rank} after 0 restarts starts at 0" for rank in (0, 1)
+    ]
+    # The surviving one may have come to save a step more.
+    assert restarted in (["4", "4"], ["5", "5"])

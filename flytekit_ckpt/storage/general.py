@@ -208,7 +208,7 @@ def filesystem_class(protocol: str) -> Any:
     import fsspec
     from fsspec.registry import known_implementations
 
-    found = fsspec.getfilesystem_class(protocol)
+    found = fsspec.get_filesystem_class(protocol)
     if found.__module__.partition(".")[0] != "obstore":
         return found
     known = known_implementations[protocol]
