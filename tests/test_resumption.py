@@ -463,8 +463,11 @@ for step in range(start, 6):
         os.kill(os.getpid(), signal.SIGKILL)
 torch.distributed.destroy_process_group()
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", str(file)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    at = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", *at, str(file)]
+    # In the store of the agent, gloo finds the addresses of the workers that are gone.
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr
     starts = sorted(line for line in ended.stdout.splitlines() if line.startswith("rank"))
     restarted = [line.rpartition(" ")[2] for line in starts if "after 1 restarts" in line]
