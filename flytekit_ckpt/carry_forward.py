@@ -1,7 +1,7 @@
 """The previous attempt's checkpoint, brought to where the next attempt will look.
 
-The next attempt only knows this attempt's destination. If this one dies before it has saved anything, what it has
-loaded would be lost to all that follow (flyteorg/flyte issue 2894).
+The next attempt only knows this attempt's destination. If this one dies before it has saved anything, what it was given
+would be lost to all that follow (flyteorg/flyte issue 2894).
 """
 
 from __future__ import annotations
