@@ -14,7 +14,7 @@ import click
 
 from tests import s3_server
 from tests.conftest import Place, empty
-from tests.faults import corruption, crashes, losses
+from tests.faults import chains, corruption, crashes, losses
 from tests.faults.objects import connected
 from tests.faults.outcomes import Outcome, Outcomes
 from tests.faults.peers import PEERS
@@ -24,7 +24,13 @@ from tests.faults.trials import Trial, UnsuitedError
 SEED = 1
 
 # Damaging a checkpoint takes no process of its own; a loss may take seconds.
-SHARES = [(crashes.TRIALS, 1.0), (corruption.TRIALS, 20.0), (losses.TRIALS, 0.1), (losses.CONTESTS, 1.0)]
+SHARES = [
+    (crashes.TRIALS, 1.0),
+    (corruption.TRIALS, 20.0),
+    (losses.TRIALS, 0.1),
+    (losses.CONTESTS, 1.0),
+    (chains.TRIALS, 6.25),
+]
 
 
 @click.command()
