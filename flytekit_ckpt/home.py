@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -39,8 +39,8 @@ class Pointer:
         The number of the attempt that saved it, counted from 0 within its run; `None` if the platform does not tell.
     saved : str
         When, in UTC, as ISO 8601 has it.
-    size : int
-        Bytes.
+    size : int or None
+        Bytes; `None` where it was found, and not written.
     version : str or None
         The storage's name for what was written, such as an ETag.
     crc32 : str or None
@@ -54,7 +54,7 @@ class Pointer:
     checkpoint: str
     attempt: int | None
     saved: str
-    size: int
+    size: int | None
     version: str | None = None
     crc32: str | None = None
     resumed_from: str | None = None
@@ -173,20 +173,39 @@ class Home:
         pointer = Pointer(
             storage.public(checkpoint),
             self._attempt.number,
-            datetime.now(timezone.utc).isoformat(),
+            _now(),
             written.size,
             written.version,
             written.crc32,
             resumed_from,
         )
+        self._record(pointer, self._write)
+
+    def confirm(self, checkpoint: str, version: str | None, *, is_own: bool) -> None:
+        """Point at what has been loaded, this attempt's own or that of the one before it, if nothing does.
+
+        Who saved it may have been killed before it could say so.
+        """
+        number = self._attempt.number
+        if number is not None and not is_own:
+            number -= 1
+        self._record(Pointer(storage.public(checkpoint), number, _now(), None, version), self._write_if_unknown)
+
+    def _record(self, pointer: Pointer, write: Callable[[Pointer], None]) -> None:
         with self._lock:
             if self._is_forbidden:
                 return
             try:
-                storage.undisturbed(lambda: self._write(pointer), uri=self.uri)
+                storage.undisturbed(lambda: write(pointer), uri=self.uri)
             except (CheckpointError, OSError) as error:
                 self._is_forbidden = storage.is_forbidden(error)
-                logger.warning("the home was not told that %s was saved: %s", storage.public(checkpoint), error)
+                logger.warning("the home was not told of the checkpoint %s: %s", pointer.checkpoint, error)
+
+    def _write_if_unknown(self, pointer: Pointer) -> None:
+        self._seen = self._seen or self._read(self.uri)
+        current = self._seen[1]
+        if current is None or current.checkpoint != pointer.checkpoint:
+            self._write(pointer)
 
     def _write(self, pointer: Pointer) -> None:
         there, current = self._seen or self._read(self.uri)
@@ -222,6 +241,10 @@ class Home:
         if not storage.is_forbidden(error):
             raise error
         logger.warning("the home is not used: %s", error)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat()
 
 
 def _part(text: str) -> str:

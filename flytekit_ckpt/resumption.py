@@ -196,6 +196,8 @@ class Resumption:
         kept = content.metadata.get(layout.RESUMED) if layout.CARRIED in content.metadata else None
         if place in ("source", "own destination"):
             self._resumed_from = None if kept is None else unquote(kept)
+            if self._home is not None:
+                self._home.confirm(uri, content.version, is_own=place == "own destination")
         else:
             self._resumed_from = storage.public(uri)
         if place == "source":

@@ -135,6 +135,16 @@ def test_with_a_home_any_number_of_attempts_may_die_before_their_first_breath(pl
         assert made(place, stranger, home=home).read() is None
 
 
+@pytest.mark.parametrize("kind", FACES)
+def test_a_home_is_told_of_what_is_loaded_too(place: Place, kind: Any) -> None:
+    """Who saved it may have been killed before it could tell."""
+    home = place.uri()
+    made(place, task_attempt(place, 0)).write(b"5")
+    loading = made(place, task_attempt(place, 1), kind, home=home, carry_forward=False)
+    assert (loading.read() if kind is SyncCheckpoint else loading.load_sync().read_bytes()) == b"5"
+    assert made(place, task_attempt(place, 7), home=home).read() == b"5"
+
+
 def test_a_pointer_says_what_was_saved(place: Place) -> None:
     home, attempt = place.uri(), task_attempt(place, 3)
     made(place, attempt, Checkpoint, home=home).save_sync(b"123456789")
@@ -185,7 +195,8 @@ def test_without_permission_for_the_home_a_task_runs(s3: Place, caplog: pytest.L
     checkpoint.write(b"1")
     checkpoint.write(b"2")
     assert made(s3, task_attempt(s3, 1), home=forbidden).read() == b"2"
-    assert caplog.text.count("the home was not told") == 1
+    # Once for each instance: by the first save, and by the load.
+    assert caplog.text.count("the home was not told") == 2
 
 
 def s3_of_another_user(s3: Place) -> str:
