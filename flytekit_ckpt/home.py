@@ -199,7 +199,7 @@ class Home:
                 storage.undisturbed(lambda: write(pointer), uri=self.uri)
             except (CheckpointError, OSError) as error:
                 self._is_forbidden = storage.is_forbidden(error)
-                logger.warning("the home was not told of the checkpoint %s: %s", pointer.checkpoint, error)
+                logger.warning("the home does not know the checkpoint %s: %s", pointer.checkpoint, error)
 
     def _write_if_unknown(self, pointer: Pointer) -> None:
         self._seen = self._seen or self._read(self.uri)

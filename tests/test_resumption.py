@@ -196,7 +196,7 @@ def test_without_permission_for_the_home_a_task_runs(s3: Place, caplog: pytest.L
     checkpoint.write(b"2")
     assert made(s3, task_attempt(s3, 1), home=forbidden).read() == b"2"
     # Once for each instance: by the first save, and by the load.
-    assert caplog.text.count("the home was not told") == 2
+    assert caplog.text.count("the home does not know the checkpoint") == 2
 
 
 def s3_of_another_user(s3: Place) -> str:
