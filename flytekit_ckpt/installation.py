@@ -122,12 +122,11 @@ def _patch_flyte_context(models: types.ModuleType) -> None:
 
 
 def _patch_flytekit_elastic(task: types.ModuleType) -> None:
-    # With the options as they are when it is sent to the workers.
-    change(task, "spawn_helper", functools.partial(_flytekit_worker, of_attempts))
+    change(task, "spawn_helper", _with_options(_flytekit_worker))
 
 
 def _patch_flyte_elastic(task: types.ModuleType) -> None:
-    change(task, "launcher_entrypoint", functools.partial(_flyte_worker, of_attempts))
+    change(task, "launcher_entrypoint", _with_options(_flyte_worker))
 
 
 _PATCHES: dict[str, Callable[[types.ModuleType], None]] = {
@@ -158,6 +157,12 @@ def _flyte_checkpoint(task: Any) -> v2.Checkpoint | None:
 
 # Both Flytes' Elastic tasks spawn workers that get the task's function pickled by its value, so that they do not import
 # the module that calls `install`.
+
+
+def _with_options(worker: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a worker the options of `install`, as they are when it is sent to the process that runs it."""
+    # torch elastic asks for its name.
+    return functools.update_wrapper(functools.partial(worker, of_attempts), worker)
 
 
 def _flytekit_worker(options: CheckpointOptions, *arguments: Any) -> Any:
