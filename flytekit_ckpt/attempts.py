@@ -11,11 +11,13 @@ import weakref
 from dataclasses import replace
 from typing import Any, cast
 
-from flytekit_ckpt import errors, layout, running, v2
+from flytekit_ckpt import errors, running, v2
+from flytekit_ckpt.carry_forward import CarryForward
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
+from flytekit_ckpt.options import completed
 from flytekit_ckpt.replacement import original
-from flytekit_ckpt.resumption import Resumption
-from flytekit_ckpt.running import Running
+from flytekit_ckpt.running import Running, named_uri
+from flytekit_ckpt.storage import Settings
 
 
 class Attempt:
@@ -26,8 +28,14 @@ class Attempt:
 
     def __init__(self, running_attempt: Running) -> None:
         self._running = running_attempt
-        with running.as_running(running_attempt):
-            self._resumption = Resumption(self._destination, running_attempt.source, {})
+        options = completed({}, is_attempts=True)
+        self.carry_forward = CarryForward(
+            running_attempt.source,
+            self._destination,
+            Settings.of(options),
+            is_wanted=options.get("carry_forward", True),
+        )
+        self.carry_forward.begin()
 
     @property
     def _destination(self) -> str:
@@ -141,7 +149,7 @@ def taken_over(theirs: Any) -> Checkpoint:
     with lock:
         # flytekit has no public name for the two prefixes.
         destination, source = theirs._checkpoint_dest, theirs._checkpoint_src
-        known = replace(running.running(), destination=destination, source=layout.named_source(source))
+        known = replace(running.running(), destination=destination, source=named_uri(source))
         return attempt_of(theirs, known).legacy
 
 

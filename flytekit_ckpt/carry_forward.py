@@ -32,6 +32,8 @@ class _Destination:
     def __init__(self) -> None:
         self.lock = ForkSafeLock()
         self.saves = 0
+        # Whether something is there, saved or copied: then nothing is left to carry.
+        self.is_taken = False
         self.carry_forwards: weakref.WeakSet[CarryForward] = weakref.WeakSet()
 
     @staticmethod
@@ -146,8 +148,8 @@ class CarryForward:
         finally:
             with self._shared.lock:
                 self._shared.saves -= 1
+                self._shared.is_taken = self._shared.is_taken or is_saved
                 for other in list(self._shared.carry_forwards):
-                    other._is_wanted = other._is_wanted and not is_saved
                     other._start()
 
     def _under_way(self) -> concurrent.futures.Future[None] | None:
@@ -155,7 +157,9 @@ class CarryForward:
         return self._copying if self._process == os.getpid() else None
 
     def _start(self) -> None:
-        if not self._is_wanted or not self._is_begun or self._source is None or self._shared.saves:
+        if not self._is_wanted or not self._is_begun or self._source is None:
+            return
+        if self._shared.saves or self._shared.is_taken:
             return
         # The two checkpoints of an attempt, for example, have one to carry.
         same = [other for other in self._shared.carry_forwards if other._source == self._source]
@@ -186,7 +190,7 @@ class CarryForward:
             # The copy says what is wrong.
             return False
         if is_done:
-            self._is_wanted = False
+            self._shared.is_taken = True
             logger.info(
                 "carried %s forward to %s at once", storage.public(self._source), storage.public(self._destination)
             )
@@ -208,12 +212,12 @@ class CarryForward:
 
                 self._copy_made = layout.copy(self._source, self._destination, self._settings, given_up, self._mark)
             if self._copy_made is not None:
-                self._is_wanted = False
+                self._shared.is_taken = True
                 logger.info("carried %s forward to %s in %.3f s", *uris, time.perf_counter() - started)
         except storage.GivenUpError:
             logger.info("%s is not carried forward to %s: something else is saved there", *uris)
         except storage.ConflictError:
-            self._is_wanted = False
+            self._shared.is_taken = True
             logger.info("%s is not carried forward to %s: something is there already", *uris)
         except (CheckpointError, OSError) as error:
             logger.warning("%s was not carried forward to %s: %s", *uris, error)

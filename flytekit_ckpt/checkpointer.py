@@ -19,6 +19,7 @@ from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import CheckpointOptions, check_names
 from flytekit_ckpt.pipeline import Callback
 from flytekit_ckpt.resumption import Resumption
+from flytekit_ckpt.running import named_uri
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -89,7 +90,7 @@ class SyncCheckpoint(Checkpoint):
     ) -> None:
         check_names(options, CheckpointOptions, type(self).__name__)
         self._checkpoint_dest = os.fspath(checkpoint_dest)
-        self._checkpoint_src = layout.named_source(checkpoint_src)
+        self._checkpoint_src = named_uri(checkpoint_src)
         self._resumption = Resumption(self._checkpoint_dest, self._checkpoint_src, options)
         self._destination = adapter.Destination(self._checkpoint_dest, self._resumption)
         self._temporary: Path | None = None

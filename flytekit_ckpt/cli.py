@@ -80,13 +80,17 @@ def run(
 
 
 def _checkpoint_options(given: Mapping[str, str | None]) -> CheckpointOptions:
+    def absolute(uri: str | None) -> str | None:
+        path = None if uri is None else storage.local_path(uri)
+        return uri if path is None else str(path.absolute())
+
     options = CheckpointOptions()
-    if given["home"] is not None:
-        # The task may change its working directory.
-        path = storage.local_path(given["home"])
-        options["home"] = given["home"] if path is None else str(path.absolute())
-    if given["resume_from"] is not None:
-        options["resume_from"] = given["resume_from"]
+    # The task may change its working directory.
+    if (home := absolute(given["home"])) is not None:
+        options["home"] = home
+    if (resume_from := given["resume_from"]) is not None:
+        # Without a slash it is the name of a run.
+        options["resume_from"] = (absolute(resume_from) or "") if "/" in resume_from else resume_from
     return options
 
 

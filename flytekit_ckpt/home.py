@@ -103,6 +103,7 @@ class Home:
         """Give the home at a URI, if there is one and the platform tells which task runs here."""
         if not uri:
             return None
+        uri = os.fspath(uri)
         if not (attempt.run and attempt.node):
             logger.warning(
                 "the home %s is not used: nothing tells which task of which run this is, as Flyte's containers and "
@@ -110,7 +111,7 @@ class Home:
                 storage.public(uri),
             )
             return None
-        return cls(os.fspath(uri), attempt, settings)
+        return cls(uri, attempt, settings)
 
     @property
     def uri(self) -> str:

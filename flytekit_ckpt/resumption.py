@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 from urllib.parse import quote, unquote
@@ -44,8 +45,12 @@ class Resumption:
         self._source = source
         self.settings = Settings.of(options)
         self._home = Home.of(options.get("home"), attempt, self.settings)
-        self._resume_from = options.get("resume_from") or None
-        self._falls_back = options.get("fallback") == "older"
+        self._resume_from = os.fspath(options.get("resume_from") or "") or None
+        fallback = options.get("fallback")
+        if fallback not in (None, "older"):
+            message = f"fallback={fallback!r} is not known: give 'older', or leave it out"
+            raise ValueError(message)
+        self._falls_back = fallback is not None
         if self._resume_from is not None and not _is_uri(self._resume_from) and not options.get("home"):
             message = (
                 f"resume_from={self._resume_from!r} names a run, which only a home can find: give `home` too, "

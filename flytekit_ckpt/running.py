@@ -73,8 +73,8 @@ def of_flyte(task: Any) -> Running:
     # A container that is reused runs other actions than its command line names.
     is_told = (told.run, told.node) == (action.run_name, action.name)
     return Running(
-        destination=_named(getattr(paths, "checkpoint_path", None)),
-        source=_named(getattr(paths, "prev_checkpoint_path", None)),
+        destination=named_uri(getattr(paths, "checkpoint_path", None)),
+        source=named_uri(getattr(paths, "prev_checkpoint_path", None)),
         project=action.project or "",
         domain=action.domain or "",
         run=action.run_name or "",
@@ -82,6 +82,13 @@ def of_flyte(task: Any) -> Running:
         node=action.name,
         number=_attempt_number(),
     )
+
+
+def named_uri(uri: str | None) -> str | None:
+    """Return the URI that a platform names, `None` for the ways in which it says that there is none."""
+    uri = os.fspath(uri or "").strip().strip('"').strip()
+    # A template that the platform has not filled in is none either.
+    return None if not uri or uri.startswith("{{") else uri
 
 
 def is_restarted() -> bool:
@@ -129,8 +136,8 @@ def _of_flyte_1(options: dict[str, str]) -> Running:
     run = _variable("EXECUTION_ID", "NM")
     number = _attempt_number()
     return Running(
-        destination=_named(options.get("--checkpoint-path")),
-        source=_named(options.get("--prev-checkpoint")),
+        destination=named_uri(options.get("--checkpoint-path")),
+        source=named_uri(options.get("--prev-checkpoint")),
         project=_variable("EXECUTION_PROJECT", "PRJ"),
         domain=_variable("EXECUTION_DOMAIN", "DM"),
         run=run,
@@ -156,8 +163,8 @@ def _node(output_prefix: str, run: str, number: int | None) -> str:
 
 def _of_flyte_2(options: dict[str, str], rest: list[str]) -> Running:
     return Running(
-        destination=_named(options.get("--checkpoint-path")),
-        source=_named(options.get("--prev-checkpoint")),
+        destination=named_uri(options.get("--checkpoint-path")),
+        source=named_uri(options.get("--prev-checkpoint")),
         project=options.get("--project", ""),
         domain=options.get("--domain", ""),
         # Templates that the platform has not filled in.
@@ -171,12 +178,6 @@ def _of_flyte_2(options: dict[str, str], rest: list[str]) -> Running:
 
 def _filled(value: str, variable: str) -> str:
     return os.environ.get(variable, "") if value.startswith("{{") or not value else value
-
-
-def _named(uri: str | None) -> str | None:
-    """Return a URI that a platform names, `None` for the ways in which it says that there is none."""
-    uri = (uri or "").strip().strip('"').strip()
-    return None if not uri or uri.startswith("{{") else uri
 
 
 def _variable(name: str, short: str) -> str:

@@ -21,6 +21,7 @@ from flytekit_ckpt.locks import ForkSafeLock, Queue
 from flytekit_ckpt.options import CheckpointOptions, check_names
 from flytekit_ckpt.pipeline import Callback, Chunk
 from flytekit_ckpt.resumption import Resumption
+from flytekit_ckpt.running import named_uri
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -88,7 +89,7 @@ class Checkpoint(BaseCheckpoint):
     ) -> None:
         check_names(options, CheckpointOptions, type(self).__name__)
         self._checkpoint_dest = os.fspath(checkpoint_dest)
-        self._checkpoint_src = layout.named_source(checkpoint_src)
+        self._checkpoint_src = named_uri(checkpoint_src)
         self._resumption = Resumption(self._checkpoint_dest, self._checkpoint_src, options)
         self._workspace: Path | None = None
         self._loaded: Path | None = None

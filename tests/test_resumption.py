@@ -5,31 +5,50 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
 import textwrap
 import uuid
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flytekit_ckpt import CorruptCheckpointError, StorageError, SyncCheckpoint, runner, running, storage
+import flytekit_ckpt
+from flytekit_ckpt import (
+    CorruptCheckpointError,
+    StorageError,
+    SyncCheckpoint,
+    credentials,
+    installation,
+    runner,
+    running,
+    storage,
+)
 from flytekit_ckpt.home import LATEST, Home, Pointer
 from flytekit_ckpt.running import Running
 from flytekit_ckpt.v2 import Checkpoint
 from tests.conftest import Place, Task
 from tests.platforms import Flyte1, Flyte2, Platform, needs
+from tests.test_storage import requests
 
 FACES = [SyncCheckpoint, Checkpoint]
 
 
 @pytest.fixture(params=["local", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(str(tmp_path / "checkpoints")) if request.param == "local" else request.getfixturevalue("s3")
+    if request.param == "local":
+        return Place(str(tmp_path / "checkpoints"))
+    s3: Place = request.getfixturevalue("s3")
+    # The destinations of attempts are named here, and those of one test are not those of another.
+    return replace(s3, root=s3.uri())
 
 
 def task_attempt(place: Place, number: int, run: str = "r", *, source: bool = True, **known: Any) -> Running:
@@ -118,6 +137,61 @@ def test_another_instance_of_the_process_does_not_load_what_the_first_has_saved_
     SyncCheckpoint(uri, storage_options=place.options).write(b"since")
     checkpoint = kind(uri, storage_options=place.options)
     assert (checkpoint.read() if kind is SyncCheckpoint else checkpoint.load_sync()) is None
+
+
+def test_an_attempt_that_uses_no_checkpoint_costs_one_request(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = requests(storage.at(s3.uri(), s3.settings), monkeypatch)  # type: ignore[arg-type]
+    checkpoint = SyncCheckpoint(s3.uri(), s3.uri(), storage_options=s3.options)
+    checkpoint.close()
+    assert sent == ["list_objects_v2"]
+
+
+def test_what_has_been_carried_forward_is_not_looked_at_again(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, destination = s3.uri(), s3.uri()
+    SyncCheckpoint(source, storage_options=s3.options).write(b"5")
+    first = SyncCheckpoint(destination, source, storage_options=s3.options)
+    first.close()
+    sent = requests(storage.at(source, s3.settings), monkeypatch)  # type: ignore[arg-type]
+    second = Checkpoint(destination, source, storage_options=s3.options)
+    second.load_sync()
+    second._resumption.carry_forward.close()
+    assert sent == ["get_object"]
+
+
+@needs("flytekit")
+def test_the_clients_of_stores_are_imported_before_a_thread_uses_them(s3: Place, tmp_path: Path) -> None:
+    """Two threads in the midst of one package block each other, and Python fails one of their imports."""
+    script = f"""
+import sys
+sys.argv = ["pyflyte-execute", "--checkpoint-path", {s3.uri()!r}, "--prev-checkpoint", {s3.uri()!r}]
+import flytekit_ckpt.auto
+assert "s3fs" in sys.modules
+import flytekit, s3fs
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, timeout=60)
+
+
+def test_a_package_that_is_being_imported_is_not_asked_for_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("flytekit", "flyte", "flyte.storage"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.__spec__._initializing = True  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    given = {"key": "k", "secret": "s", "endpoint_url": "http://localhost"}
+    assert credentials.resolved("s3", given).items() >= given.items()
+
+
+def test_the_options_of_install_reach_the_workers_of_elastic_tasks() -> None:
+    """torch elastic sends the function to them, and asks for its name."""
+    flytekit_ckpt.install(home="s3://bucket/home")
+    try:
+        worker = installation._with_options(installation._flytekit_worker)
+        flytekit_ckpt.install(retries=3)
+        sent = pickle.loads(pickle.dumps(worker))
+    finally:
+        flytekit_ckpt.uninstall()
+    assert sent.args == ({"home": "s3://bucket/home", "retries": 3},)
+    assert sent.__name__ == "_flytekit_worker"
 
 
 # A home ---------------------------------------------------------------------------------------------------------------
@@ -279,6 +353,8 @@ def test_a_uri_to_resume_from_that_is_wrong_is_an_error(place: Place) -> None:
         made(place, task_attempt(place, 0), resume_from=place.uri()).read()
     with pytest.raises(ValueError, match="names a run"):
         made(place, task_attempt(place, 0), resume_from="monday")
+    with pytest.raises(ValueError, match="is not known"):
+        made(place, task_attempt(place, 0), fallback="newest")
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -331,7 +407,7 @@ import flytekit_ckpt.auto
 if os.environ.get("DIE") == "load":
     # What is carried forward in the background has its time.
     for attempt in flytekit_ckpt.attempts.named.values():
-        attempt._resumption.carry_forward.close()
+        attempt.carry_forward.close()
     die("load")
 """
 
@@ -376,22 +452,23 @@ def chain(platform: type[Platform], place: Place, folder: Path, deaths: list[str
     root = place.uri()
     environment = {"FLYTEKIT_CKPT_HOME": f"{root}/home"} if has_home else {}
     run = platform(file, "work", {"n": 1}, root, folder / uuid.uuid4().hex, environment=environment)
-    # What has been saved, and what the next attempt's source leads to.
-    saved = reached = 0
+    # What has been saved, and what the next attempt's source may lead to.
+    saved, reached = 0, {0}
     for death in [*deaths, ""]:
         run.environment = {**run.environment, "DIE": death}
         attempt = run.attempt()
         assert attempt.outcome == ("succeeded" if not death else "failed"), attempt.lines
-        start = saved if has_home else reached
         if death not in ("import", "load"):
-            assert attempt.starting() == [f"starting at {start}"], (deaths, death, attempt.lines)
+            (line,) = attempt.starting()
+            start = int(line.removeprefix("starting at "))
+            assert start in ({saved} if has_home else reached), (deaths, death, attempt.lines)
         if death in ("saved", ""):
-            saved = reached = start + 1
+            saved, reached = start + 1, {start + 1}
         elif death == "import":
-            reached = 0
+            reached = {0}
         elif death == "loaded":
             # It may have been killed before what it loaded had arrived, unless that takes no time.
-            reached = start if place.is_local else reached
+            reached = {start} if place.is_local else {start, 0}
     assert saved
 
 

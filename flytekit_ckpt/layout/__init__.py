@@ -21,7 +21,6 @@ from flytekit_ckpt.layout.shapes import (
     Tree,
     as_bytes,
     log_nothing,
-    named_source,
     naming,
     not_savable,
 )
@@ -47,7 +46,6 @@ __all__ = [
     "link",
     "log_nothing",
     "look",
-    "named_source",
     "naming",
     "not_into_itself",
     "not_savable",

@@ -115,12 +115,6 @@ class Event:
         logger.info("%s %s%s%s", self.operation, self.shape, told, self.origin, extra={"checkpoint": self})
 
 
-def named_source(checkpoint_src: str | None) -> str | None:
-    """Return the source that a platform names, `None` for the ways in which it says that there is none."""
-    source = "" if checkpoint_src is None else os.fspath(checkpoint_src).strip().strip('"').strip()
-    return source or None
-
-
 def as_bytes(content: object) -> bytes:
     """Return what is bytes-like as bytes; anything else is a `TypeError`."""
     if isinstance(content, bytes):
