@@ -296,6 +296,54 @@ def s3_of_another_user(s3: Place) -> str:
     return f"s3://{bucket}/home"
 
 
+@pytest.mark.parametrize("kind", FACES)
+def test_a_home_that_cannot_be_reached_is_an_error_for_a_load_and_a_warning_for_a_save(
+    tmp_path: Path, kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    checkpoint = made(Place(str(tmp_path)), task_attempt(Place(str(tmp_path)), 0), kind, home=f"{tmp_path}/file/home")
+    with pytest.raises(StorageError, match="file/home"):
+        checkpoint.read() if kind is SyncCheckpoint else checkpoint.load_sync()
+    checkpoint.write(b"1") if kind is SyncCheckpoint else checkpoint.save_sync(b"1")
+    assert "the home does not know the checkpoint" in caplog.text
+
+
+def test_a_container_of_flyte_1_tells_its_task_and_each_of_a_map_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"EXECUTION_PROJECT": "p", "EXECUTION_DOMAIN": "d", "EXECUTION_ID": "r", "TASK_NAME": "train.work"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"FLYTE_INTERNAL_{name}", value)
+
+    def told(command: str, outputs: str, attempt: str, **more: str) -> Running:
+        options = ["--checkpoint-path", "s3://b/2", "--prev-checkpoint=s3://b/1", "--test", "--output-prefix", outputs]
+        monkeypatch.setattr(sys, "argv", [f"/usr/bin/{command}", *options, "--", "task-name", "work"])
+        monkeypatch.setenv("FLYTE_ATTEMPT_NUMBER", attempt)
+        for name, value in more.items():
+            monkeypatch.setenv(name, value)
+        return running.running()
+
+    single = told("pyflyte-execute", "s3://b/metadata/p-d-r/n0/data/1", "1")
+    assert single == Running("s3://b/2", "s3://b/1", "p", "d", "r", "train.work", "n0/data", 1)
+    assert told("pyflyte-execute", "s3://b/metadata/p-d-r/n0/data/2", "2").node == single.node
+    index = {"BATCH_JOB_ARRAY_INDEX_VAR_NAME": "FLYTE_K8S_ARRAY_INDEX"}
+    nodes = [
+        told("pyflyte-map-execute", "s3://b/metadata/p-d-r/n0/data/0", "0", **index, FLYTE_K8S_ARRAY_INDEX=number).node
+        for number in ("0", "1", "11")
+    ]
+    assert len({single.node, *nodes}) == 4
+    # Where the attempt's number is not the end, it may be another task's.
+    assert told("pyflyte-execute", "s3://b/metadata/p-d-r/n0/data/3", "0").node == ""
+    assert told("train.py", "s3://b/metadata/p-d-r/n0/data/0", "0") == Running()
+
+
+def test_a_container_of_flyte_2_tells_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--checkpoint-path s3://b/2 --project p --domain d --run-name {{.runName}} --name a0 --prev-checkpoint"
+    resolver = ["--resolver", "r", "mod", "train", "instance", "work"]
+    monkeypatch.setattr(sys, "argv", ["a0", *options.split(), "", *resolver])
+    monkeypatch.setenv("RUN_NAME", "monday")
+    monkeypatch.setenv("FLYTE_ATTEMPT_NUMBER", "4")
+    assert running.running() == Running("s3://b/2", None, "p", "d", "monday", "train.work", "a0", 4)
+
+
 def test_outside_of_a_platform_a_home_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     SyncCheckpoint(str(tmp_path / "checkpoint"), home=str(tmp_path / "home")).write(b"1")
     assert not (tmp_path / "home").exists()
