@@ -119,6 +119,7 @@ def _patch_flyte_names(flyte: types.ModuleType) -> None:
 
 def _patch_flyte_context(models: types.ModuleType) -> None:
     change(models.TaskContext, "checkpoint", property(_flyte_checkpoint))
+    change(models.TaskContext, "__init__", _beginning(models.TaskContext.__init__))
 
 
 def _patch_flytekit_elastic(task: types.ModuleType) -> None:
@@ -146,6 +147,23 @@ def _flytekit_checkpoint(parameters: Any) -> Checkpoint:
     if found is None:
         raise unavailable()
     return found
+
+
+def _beginning(initialize: Callable[..., None]) -> Callable[..., None]:
+    """Have a `flyte.models.TaskContext` in a container begin with its checkpoint, which the task may never ask for.
+
+    The command line of a container that is reused does not name the attempts that it runs.
+    """
+
+    # flyte shows a context by the signature of this.
+    @functools.wraps(initialize)
+    def initialized(task: Any, *arguments: Any, **named: Any) -> None:
+        initialize(task, *arguments, **named)
+        if getattr(task, "checkpoint_paths", None) is not None and task.mode == "remote":
+            with lock:
+                flyte_attempt(task)
+
+    return initialized
 
 
 def _flyte_checkpoint(task: Any) -> v2.Checkpoint | None:

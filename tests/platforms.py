@@ -83,6 +83,8 @@ class Platform(ABC):
         Variables that every attempt's process gets in addition.
     run_name : str, default "r"
         The run that it belongs to.
+    node : str, default "n0"
+        Which of the run's tasks it is.
     """
 
     def __init__(
@@ -96,8 +98,9 @@ class Platform(ABC):
         source: str | None = None,
         environment: Mapping[str, str] | None = None,
         run_name: str = "r",
+        node: str = "n0",
     ) -> None:
-        self.run_name = run_name
+        self.run_name, self.node = run_name, node
         self.file, self.task, self.inputs, self.root, self.scratch = file, task, inputs, root, scratch
         self.source = source
         self.environment = environment or {}
@@ -122,7 +125,7 @@ class Platform(ABC):
         number = len(self.attempts) + (not restart)
         source = self.destination(number - 1) if number > 1 else self.source
         # As the platform names it; an attempt that is restarted has it again.
-        outputs = self.scratch / f"p-d-{self.run_name}" / "n0" / "data" / str(number - 1)
+        outputs = self.scratch / f"p-d-{self.run_name}" / self.node / "data" / str(number - 1)
         shutil.rmtree(outputs, ignore_errors=True)
         outputs.mkdir(parents=True)
         (outputs / "inputs.pb").write_bytes(self._encoded())
@@ -163,6 +166,8 @@ class Platform(ABC):
 class Flyte1(Platform):
     """Runs a flytekit task, on flytekit."""
 
+    entry_point = "pyflyte-execute"
+
     def _encoded(self) -> bytes:
         from flyteidl.core.literals_pb2 import Literal, LiteralMap
 
@@ -180,14 +185,17 @@ class Flyte1(Platform):
             **self.environment,
         }
         return [
-            script("pyflyte-execute"),
+            script(self.entry_point),
             *("--inputs", str(outputs / "inputs.pb"), "--output-prefix", str(outputs)),
             *("--raw-output-data-prefix", str(outputs / "raw")),
             # The platform writes a missing source in quotes.
             *("--checkpoint-path", destination, "--prev-checkpoint", source or '""'),
-            *("--resolver", "flytekit.core.python_auto_container.default_task_resolver", "--"),
+            *self._resolver(),
             *("task-module", self.file.stem, "task-name", self.task),
         ]
+
+    def _resolver(self) -> list[str]:
+        return ["--resolver", "flytekit.core.python_auto_container.default_task_resolver", "--"]
 
     def _error_document(self, content: bytes) -> Any:
         from flyteidl.core.errors_pb2 import ErrorDocument
@@ -198,6 +206,32 @@ class Flyte1(Platform):
         from flyteidl.core.literals_pb2 import LiteralMap
 
         return LiteralMap.FromString(content).literals["o0"]
+
+
+class Flyte1Map(Flyte1):
+    """Runs one of the tasks of a map, on flytekit; `index` is which."""
+
+    entry_point = "pyflyte-map-execute"
+
+    def __init__(self, *arguments: Any, index: int, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.index = index
+        # As the platform sets them for an array of containers.
+        variables = {"BATCH_JOB_ARRAY_INDEX_VAR_NAME": "FLYTE_K8S_ARRAY_INDEX", "FLYTE_K8S_ARRAY_INDEX": str(index)}
+        self.environment = {**variables, **self.environment}
+
+    def _encoded(self) -> bytes:
+        from flyteidl.core.literals_pb2 import Literal, LiteralMap
+
+        # Every task of the map gets all inputs, and takes its own.
+        lists = {name: Literal() for name in self.inputs}
+        for name, literal in lists.items():
+            literal.collection.literals.extend([_integer(Literal, self.inputs[name])] * (self.index + 1))
+        return LiteralMap(literals=lists).SerializeToString()
+
+    def _resolver(self) -> list[str]:
+        own = "flytekit.core.array_node_map_task.ArrayNodeMapTaskResolver"
+        return ["--resolver", own, "--", "vars", "", "resolver", super()._resolver()[1]]
 
 
 class Flyte2(Platform):
@@ -220,7 +254,7 @@ class Flyte2(Platform):
             *("--inputs", str(outputs / "inputs.pb"), "--outputs-path", str(outputs)),
             *("--version", "v", "--run-base-dir", str(outputs), "--raw-data-path", str(outputs / "raw")),
             *("--checkpoint-path", destination, "--prev-checkpoint", source or ""),
-            *("--name", "a0", "--run-name", self.run_name, "--org", "o", "--project", "p", "--domain", "d"),
+            *("--name", self.node, "--run-name", self.run_name, "--org", "o", "--project", "p", "--domain", "d"),
             *("--resolver", self.resolver, "mod", self.file.stem, "instance", self.task),
         ]
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -459,16 +460,59 @@ def test_threads_of_an_attempt_share_its_instances(tmp_path: Path) -> None:
         sys.setswitchinterval(interval)
 
 
-@on_flyte
-@pytest.mark.usefixtures("installed")
-def test_tasks_of_a_reused_process_do_not_see_each_others_checkpoints(tmp_path: Path) -> None:
-    import flyte
+async def run_in_a_reused_process(
+    task: Any, number: int, folder: Path, destination: str, source: str | None = None
+) -> None:
+    """Run an attempt of a task, as the worker of a reused container does."""
+    from flyte._internal.runtime.convert import convert_from_native_to_inputs
     from flyte._internal.runtime.rusty import run_task
 
     class Controller:
         """What releases before 2.3 cannot do without."""
 
         async def finalize_parent_action(self, action: object) -> None: ...
+
+    folder.mkdir()
+    inputs = await convert_from_native_to_inputs(task.native_interface, number=number)
+    (folder / "inputs.pb").write_bytes(inputs.proto_inputs.SerializeToString())
+    await run_task(
+        task=task,
+        controller=Controller(),
+        org="o",
+        project="p",
+        domain="d",
+        run_name="r",
+        name=f"a{number}",
+        raw_data_path=str(folder / "raw"),
+        output_path=str(folder),
+        run_base_dir=str(folder),
+        version="v",
+        checkpoint_path=destination,
+        prev_checkpoint=source,
+        input_path=str(folder / "inputs.pb"),
+    )
+    assert not (folder / "error.pb").exists()
+
+
+@on_flyte
+@pytest.mark.usefixtures("installed")
+def test_an_attempt_of_a_reused_process_carries_forward_though_it_never_asks(tmp_path: Path) -> None:
+    import flyte
+
+    async def work(number: int) -> None:
+        assert str(number) in repr(flyte.ctx())
+
+    before, after = tmp_path / "0", tmp_path / "1"
+    before.write_bytes(b"5")
+    task = flyte.TaskEnvironment(name="tests").task(work)
+    asyncio.run(run_in_a_reused_process(task, 7, tmp_path / "io", str(after), str(before)))
+    assert after.read_bytes() == b"5"
+
+
+@on_flyte
+@pytest.mark.usefixtures("installed")
+def test_tasks_of_a_reused_process_do_not_see_each_others_checkpoints(tmp_path: Path) -> None:
+    import flyte
 
     instances: list[object] = []
 
@@ -491,29 +535,13 @@ def test_tasks_of_a_reused_process_do_not_see_each_others_checkpoints(tmp_path: 
         task = flyte.TaskEnvironment(name="tests").task(work)
 
         async def run(number: int) -> None:
-            from flyte._internal.runtime.convert import convert_from_native_to_inputs
-
-            folder = tmp_path / f"{number}-{attempt}"
-            folder.mkdir()
-            inputs = await convert_from_native_to_inputs(task.native_interface, number=number)
-            (folder / "inputs.pb").write_bytes(inputs.proto_inputs.SerializeToString())
-            await run_task(
-                task=task,
-                controller=Controller(),
-                org="o",
-                project="p",
-                domain="d",
-                run_name="r",
-                name=f"a{number}",
-                raw_data_path=str(folder / "raw"),
-                output_path=str(folder),
-                run_base_dir=str(folder),
-                version="v",
-                checkpoint_path=str(tmp_path / f"checkpoint-{number}-{attempt}"),
-                prev_checkpoint=str(tmp_path / f"checkpoint-{number}-{attempt - 1}") if attempt else None,
-                input_path=str(folder / "inputs.pb"),
+            await run_in_a_reused_process(
+                task,
+                number,
+                tmp_path / f"{number}-{attempt}",
+                str(tmp_path / f"checkpoint-{number}-{attempt}"),
+                str(tmp_path / f"checkpoint-{number}-{attempt - 1}") if attempt else None,
             )
-            assert not (folder / "error.pb").exists()
 
         await asyncio.gather(*(run(number) for number in range(10)))
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import flytekit_ckpt
@@ -36,7 +36,7 @@ from flytekit_ckpt.home import LATEST, Home, Pointer
 from flytekit_ckpt.running import Running
 from flytekit_ckpt.v2 import Checkpoint
 from tests.conftest import Place, Task
-from tests.platforms import Flyte1, Flyte2, Platform, needs
+from tests.platforms import needs
 from tests.test_storage import requests
 
 FACES = [SyncCheckpoint, Checkpoint]
@@ -439,106 +439,6 @@ def test_damage_is_an_error_unless_an_older_one_will_do(
         assert load(fallback="older").read_bytes() == b"0" * 1000
     assert "an older checkpoint is looked for" in caplog.text
     assert "is damaged" in caplog.text
-
-
-# Chains of attempts, through the platforms' own entry points ----------------------------------------------------------
-
-CHAIN = """
-import os, signal, time
-
-def die(point):
-    if os.environ.get("DIE") == point:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-die("import")
-import flytekit_ckpt.auto
-if os.environ.get("DIE") == "load":
-    # What is carried forward in the background has its time.
-    for attempt in flytekit_ckpt.attempts.named.values():
-        attempt.carry_forward.close()
-    die("load")
-"""
-
-FLYTE_1_CHAIN = """
-from flytekit import current_context, task
-
-@task(retries=9)
-def work(n: int) -> int:
-    checkpoint = current_context().checkpoint
-    start = int(checkpoint.read() or 0)
-    print(f"starting at {start}")
-    die("loaded")
-    checkpoint.write(b"%d" % (start + 1))
-    die("saved")
-    return start + 1
-"""
-
-FLYTE_2_CHAIN = """
-import flyte
-
-env = flyte.TaskEnvironment(name="chain")
-
-@env.task(retries=9)
-def work(n: int) -> int:
-    checkpoint = flyte.ctx().checkpoint
-    found = checkpoint.load_sync()
-    start = int(found.read_bytes()) if found else 0
-    print(f"starting at {start}")
-    die("loaded")
-    checkpoint.save_sync(b"%d" % (start + 1))
-    die("saved")
-    return start + 1
-"""
-
-POINTS = ["import", "load", "loaded", "saved"]
-
-
-def chain(platform: type[Platform], place: Place, folder: Path, deaths: list[str], *, has_home: bool) -> None:
-    """Run attempts that die one after the other, and one that lives; each must start where it can at best."""
-    file = folder / f"chain_{platform.__name__.lower()}.py"
-    file.write_text(CHAIN + (FLYTE_1_CHAIN if platform is Flyte1 else FLYTE_2_CHAIN))
-    root = place.uri()
-    environment = {"FLYTEKIT_CKPT_HOME": f"{root}/home"} if has_home else {}
-    run = platform(file, "work", {"n": 1}, root, folder / uuid.uuid4().hex, environment=environment)
-    # What has been saved, and what the next attempt's source may lead to.
-    saved, reached = 0, {0}
-    for death in [*deaths, ""]:
-        run.environment = {**run.environment, "DIE": death}
-        attempt = run.attempt()
-        assert attempt.outcome == ("succeeded" if not death else "failed"), attempt.lines
-        if death not in ("import", "load"):
-            (line,) = attempt.starting()
-            start = int(line.removeprefix("starting at "))
-            assert start in ({saved} if has_home else reached), (deaths, death, attempt.lines)
-        if death in ("saved", ""):
-            saved, reached = start + 1, {start + 1}
-        elif death == "import":
-            reached = {0}
-        elif death == "loaded":
-            # It may have been killed before what it loaded had arrived, unless that takes no time.
-            reached = {start} if place.is_local else {start, 0}
-    assert saved
-
-
-@needs("flytekit")
-def test_an_attempt_that_dies_while_it_imports_costs_nothing_on_flyte_1(place: Place, tmp_path: Path) -> None:
-    chain(Flyte1, place, tmp_path, ["saved", "load"], has_home=False)
-
-
-@needs("flyte")
-def test_an_attempt_that_dies_while_it_imports_costs_nothing_on_flyte_2(place: Place, tmp_path: Path) -> None:
-    chain(Flyte2, place, tmp_path, ["saved", "load"], has_home=False)
-
-
-@needs("flytekit", "flyte")
-@pytest.mark.long
-@pytest.mark.parametrize("platform", [Flyte1, Flyte2])
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(deaths=st.lists(st.sampled_from(POINTS), min_size=1, max_size=4), has_home=st.booleans())
-def test_no_chain_of_attempts_starts_from_zero(
-    place: Place, tmp_path: Path, platform: type[Platform], deaths: list[str], has_home: bool
-) -> None:
-    chain(platform, place, tmp_path, deaths, has_home=has_home)
 
 
 # The local runner -----------------------------------------------------------------------------------------------------
