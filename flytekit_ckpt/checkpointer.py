@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from flytekit_ckpt import adapter, layout, restoration, termination
+from flytekit_ckpt import adapter, layout, restoration, scratch, termination
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import CheckpointOptions, check_names
@@ -115,7 +115,7 @@ class SyncCheckpoint(Checkpoint):
         self._resumption.carry_forward.close()
         with self._lock:
             if self._temporary is not None:
-                restoration.remove_tree(self._temporary)
+                scratch.remove_tree(self._temporary)
                 self._temporary = self._restored = None
 
     def __enter__(self) -> Self:
@@ -170,7 +170,7 @@ class SyncCheckpoint(Checkpoint):
     def _restore(self, found: Found, folder: Path | None) -> Path:
         if folder is None:
             if self._temporary is None:
-                self._temporary = restoration.workspace(self, "flytekit_ckpt-")
+                self._temporary = scratch.workspace(self, "flytekit_ckpt-")
             folder = self._temporary / self.SRC_LOCAL_FOLDER
             folder.mkdir(exist_ok=True)
         self._restored_names = restoration.restore(found, self.TMP_DST_PATH, folder, self._resumption.settings)

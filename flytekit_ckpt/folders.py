@@ -77,7 +77,7 @@ class _Scan:
             status = os.stat(path)
             if stat.S_ISDIR(status.st_mode):
                 yield Entry(header(name, status, tarfile.DIRTYPE))
-                # BackgroundSaves a link that leads out, links are judged by the folder that they lie in.
+                # Behind a link that leads out, links are judged by the folder that they lie in.
                 inner = replace(self, root=os.path.realpath(path)) if item.is_symlink() else self
                 yield from inner.entries(path, name + "/", (*above, identity))
             elif stat.S_ISREG(status.st_mode):

@@ -1,14 +1,10 @@
-"""A checkpoint written into a folder, all of it or nothing; and folders that live no longer than they are needed."""
+"""A checkpoint written into a folder, all of it or nothing."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import stat
-import tempfile
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from flytekit_ckpt import storage
 from flytekit_ckpt.entries import Entry, stream_entry
 from flytekit_ckpt.errors import CheckpointError, StorageError
 from flytekit_ckpt.layout import Event, Found, Payload, naming
+from flytekit_ckpt.scratch import Held, remove_tree
 from flytekit_ckpt.storage import Settings
 from flytekit_ckpt.unpacking import unpack
 
@@ -69,36 +66,14 @@ def restore(
     return unpacked.names
 
 
-_STAGING = ".flytekit_ckpt-"
-
-
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """Make a folder inside another one, so that moving from it is renaming, and remove those of killed processes.
-
-    Whoever fills one holds a lock on it.
-    """
-    for item in os.scandir(folder):
-        if item.name.startswith(_STAGING) and item.is_dir(follow_symlinks=False):
-            with contextlib.suppress(OSError), _locked(Path(item.path)):
-                remove_tree(Path(item.path))
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-    with contextlib.ExitStack() as stack:
-        stack.callback(remove_tree, staging)
-        # Some file systems have no locks.
-        with contextlib.suppress(OSError):
-            stack.enter_context(_locked(staging))
-        yield staging
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Make a folder inside another one, so that moving from it is renaming."""
+    staging = Held.made_inside(folder)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield staging.path
     finally:
-        os.close(descriptor)
+        staging.remove()
 
 
 class _Counter:
@@ -161,34 +136,3 @@ def _merged(source: Path, target: Path) -> Iterator[tuple[os.DirEntry[str], Path
             if item.is_dir(follow_symlinks=False) and place.is_dir():
                 waiting.append((Path(item.path), place))
             yield item, place
-
-
-def workspace(owner: object, prefix: str) -> Path:
-    """Make a temporary folder that is removed with its owner (in the process that made it)."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    weakref.finalize(owner, _remove_own, folder, os.getpid())
-    return folder
-
-
-def _remove_own(folder: Path, process: int) -> None:
-    if os.getpid() == process:
-        remove_tree(folder)
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder, with the read-only and the very deep ones inside it, which `shutil.rmtree` does not."""
-    waiting = [str(folder)]
-    emptied = []
-    while waiting:
-        path = waiting.pop()
-        emptied.append(path)
-        with contextlib.suppress(OSError):
-            os.chmod(path, stat.S_IRWXU)
-            for item in os.scandir(path):
-                if item.is_dir(follow_symlinks=False):
-                    waiting.append(item.path)
-                else:
-                    os.unlink(item.path)
-    for path in reversed(emptied):
-        with contextlib.suppress(OSError):
-            os.rmdir(path)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flytekit_ckpt import attempts, context, errors, layout, restoration, storage
+from flytekit_ckpt import attempts, context, errors, layout, scratch, storage
 from flytekit_ckpt.options import CheckpointOptions
 from flytekit_ckpt.running import Running
 
@@ -108,7 +108,7 @@ def run(
 
 def _temporary(stack: contextlib.ExitStack, prefix: str) -> str:
     folder = tempfile.mkdtemp(prefix=prefix)
-    stack.callback(restoration.remove_tree, Path(folder))
+    stack.callback(scratch.remove_tree, Path(folder))
     return folder
 
 

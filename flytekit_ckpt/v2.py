@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
-from flytekit_ckpt import layout, restoration, storage, termination
+from flytekit_ckpt import layout, restoration, scratch, storage, termination
 from flytekit_ckpt.files import file_chunks
 from flytekit_ckpt.folders import folder_size, scan_folder
 from flytekit_ckpt.layout import Found
@@ -116,7 +116,7 @@ class Checkpoint(BaseCheckpoint):
         """Local folder that checkpoints are loaded into, temporary, kept as long as this instance."""
         with self._lock:
             if self._workspace is None:
-                self._workspace = restoration.workspace(self, "flytekit_ckpt-")
+                self._workspace = scratch.workspace(self, "flytekit_ckpt-")
             return self._workspace
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Checkpoint(BaseCheckpoint):
         self._resumption.carry_forward.close()
         with self._lock:
             if self._workspace is not None:
-                restoration.remove_tree(self._workspace)
+                scratch.remove_tree(self._workspace)
             self._workspace = self._loaded = None
 
     def __enter__(self) -> Self:

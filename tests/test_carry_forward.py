@@ -329,7 +329,7 @@ def test_on_a_local_disk_it_is_done_when_the_load_returns(
     SyncCheckpoint(str(source)).write(os.urandom(1 << 20))
     if can == "clone":
         # Where the file system of the tests cannot.
-        monkeypatch.setattr(local, "_cloned", lambda source, target: os.sendfile(target, source, 0, 1 << 20) > 0)
+        monkeypatch.setattr(local, "cloned", lambda source, target: os.sendfile(target, source, 0, 1 << 20) > 0)
     checkpoint = kind(str(destination), str(source))
     load(checkpoint)
     assert checkpoint._resumption.carry_forward._copying is None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flytekit_ckpt.errors import StorageError
-from flytekit_ckpt.files import FileWriter
+from flytekit_ckpt.files import COPY_SIZE, FileWriter, cloned, copy_part
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
 from flytekit_ckpt.storage import slots
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError
@@ -20,9 +20,6 @@ from flytekit_ckpt.storage.objects import Anything, Metadata, Replaced, Settings
 
 LOCAL_SIZE = 256 << 10
 """Bytes read from a local file at a time: few, so that the same memory is used again and again."""
-
-COPY_SIZE = 64 << 20
-"""Bytes that the file system is asked to copy at a time."""
 
 ATTRIBUTE = "user.flytekit_ckpt"
 """Extended attribute that keeps an object's metadata."""
@@ -53,7 +50,7 @@ class LocalObject(StoredObject):
             def write(chunk: Chunk | Range) -> int:
                 with self._reporting("write"):
                     if isinstance(chunk, Range):
-                        return writer.written(_copy(old[0].fileno(), file, chunk))
+                        return writer.written(copy_part(old[0].fileno(), file, chunk))
                     return writer(chunk)
 
             def sized() -> Iterator[tuple[int, Chunk | Range]]:
@@ -142,7 +139,7 @@ class LocalObject(StoredObject):
             except (OSError, StorageError):
                 # `copy_to` says why.
                 return False
-            if _cloned(source.fileno(), file):
+            if cloned(source.fileno(), file):
                 finish({**_description(source.fileno()), **mark}, None)
                 return True
         try:
@@ -171,7 +168,7 @@ class LocalObject(StoredObject):
                 if given_up():
                     raise GivenUpError
                 with target._reporting("write"):
-                    _copy(source.fileno(), file, Range(start, min(COPY_SIZE, size - start)))
+                    copy_part(source.fileno(), file, Range(start, min(COPY_SIZE, size - start)))
             return Written(size, finish({**_description(source.fileno()), **mark}, None))
 
     def state(self) -> State:
@@ -247,19 +244,6 @@ def _take_name(temporary: Path, name: Path) -> None:
         os.replace(temporary, name)
 
 
-def _cloned(source: int, target: int) -> bool:
-    """Have the file system make a file the same as another one without copying it, where it can."""
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError:
-        return False
-    return True
-
-
-# From Linux's headers; Python has no name for it.
-_FICLONE = 0x40049409
-
-
 def _describe(file: int, metadata: Metadata) -> None:
     # Not every file system has attributes, nor every system a call for them, and neither is worth a failed save.
     with contextlib.suppress(OSError, AttributeError):
@@ -272,23 +256,6 @@ def _description(file: int) -> Metadata:
     except (OSError, AttributeError, ValueError):
         return {}
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
-
-
-def _copy(source: int, target: int, part: Range) -> int:
-    """Copy bytes from one file to the end of another, by the file system where it can."""
-    done = 0
-    while done < part.length:
-        offset = part.start + done
-        try:
-            count = os.copy_file_range(source, target, min(COPY_SIZE, part.length - done), offset)
-        except (AttributeError, OSError):
-            # Not on this system, or not between these two files; a disk that fails will fail here too.
-            count = os.write(target, os.pread(source, min(LOCAL_SIZE, part.length - done), offset))
-        if not count:
-            message = f"the file ends at {offset}"
-            raise EOFError(message)
-        done += count
-    return done
 
 
 def _file_version(status: os.stat_result) -> str:

@@ -292,7 +292,7 @@ NEGATIVE = -1 << 40
 EXTENSIONS = {"PAX": tarfile.XHDTYPE, "global PAX": tarfile.XGLTYPE, "long name": b"L", "long link": b"K"}
 
 DAMAGED: dict[str, bytes] = {
-    # BackgroundSaves hard links.
+    # Behind hard links.
     "hard link through a link, to outside": link("l", "../outside") + hard_link("h", "l/canary"),
     "hard link to nothing": hard_link("h", "nothing"),
     "hard link to a later file": hard_link("h", "later") + file("later"),
