@@ -7,20 +7,20 @@ import functools
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flytekit_ckpt import layout, storage
 from flytekit_ckpt.archive import Unit
-from flytekit_ckpt.entries import Entry, file_entry, in_part, stream_entry
-from flytekit_ckpt.errors import CheckpointError
-from flytekit_ckpt.folders import folder_size, scan_folder
+from flytekit_ckpt.entries import Entry, in_part, stream_entry
+from flytekit_ckpt.folders import scan_folder
 from flytekit_ckpt.layout import PutOptions
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.merging import merge
-from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk
+from flytekit_ckpt.parts import Entries, Part
+from flytekit_ckpt.pipeline import Callback, Chunk
 from flytekit_ckpt.resumption import Resumption
 from flytekit_ckpt.unpacking import unpack
 
@@ -60,124 +60,98 @@ class Destination:
         with self._lock:
             return dict(vars(self))
 
-    def save_bytes(self, content: Chunk, callback: Callback | None) -> None:
-        """Save bytes as the entry `_dst_cp`."""
-        self._save_stream(lambda: [content], len(content), callback)
+    def save(self, parts: Sequence[Part], callback: Callback | None = None) -> None:
+        """Save parts, all of them in one go; each has a name of its own."""
+        # Again and again, until nobody else's save comes in between.
+        with self._lock, storage.turn(self._uri, self._settings.timeout) as sign:
+            storage.undisturbed(lambda: self._try(parts, callback, sign), uri=self._uri)
+            if self._written is not None:
+                self._resumption.record(self._written)
 
-    def save_reader(self, reader: IO[bytes], callback: Callback | None) -> None:
-        """Save what a binary reader still has to give as the entry `_dst_cp`."""
-        remaining = _Remaining(reader, self._uri)
-        self._save_stream(remaining.chunks, remaining.size, callback)
+    def _try(self, parts: Sequence[Part], callback: Callback | None, sign: Callable[[], None]) -> None:
+        try:
+            base = self._base(parts)
+            options = replace(self._resumption.put_options, step=sign)
+            try:
+                self._written, self._units = self._put(base, parts, callback, options)
+            except _DisorderError:
+                # Another program's archive, whose entries are unpacked to be sorted.
+                with tempfile.TemporaryDirectory(prefix="flytekit_ckpt-") as folder:
+                    base = self._base(parts, Path(folder))
+                    self._written, self._units = self._put(base, parts, callback, options)
+        except storage.ConflictError:
+            self._written = None
+            raise
+        self._has_others = base.has_others
+        self._labels.update(base.labels)
 
-    def save_file(self, path: Path, callback: Callback | None) -> None:
-        """Save a regular file as the entry of its name."""
-        self._save_entries(
-            path.name, lambda: iter([file_entry(path, path.name)]), lambda: path.stat().st_size, callback
+    def _put(self, base: _Base, parts: Sequence[Part], callback: Callback | None, options: PutOptions) -> _Put:
+        options = replace(options, replaced=base.replaced)
+        is_alone = base.is_replaced_whole and len(parts) == 1
+        items: Iterable[Entry | Unit] = base.items
+        sizes: list[Callable[[], int]] = []
+        opened = functools.partial(
+            layout.get_unit, self._uri, written=base.units_in or storage.Written(0, None), settings=self._settings
         )
-
-    def save_folder(self, path: Path, callback: Callback | None) -> None:
-        """Save a folder's contents as entries of their names, merged with other parts file by file."""
-        exclude = layout.not_into_itself(self._uri)
-        size = functools.partial(folder_size, path, exclude)
-        self._save_entries(f"{path.resolve()}/", lambda: scan_folder(path, exclude), size, callback)
-
-    def _save_stream(self, chunks: Callable[[], Iterable[Chunk]], size: int | None, callback: Callback | None) -> None:
-        part = layout.LEGACY_PAYLOAD_NAME
-
-        def put(base: _Base, options: PutOptions) -> _Put:
-            if base.is_replaced_whole:
-                return self._put_payload(chunks(), size, callback, options)
-            with layout.sized(chunks(), size) as (content, known):
-                return self._put_tree(
-                    base, iter([stream_entry(part, content, known)]), lambda: known, callback, options
-                )
-
-        self._save(part, put)
-
-    def _save_entries(
-        self, part: str, scanned: Callable[[], Iterator[Entry]], size: Callable[[], int], callback: Callback | None
-    ) -> None:
-        def put(base: _Base, options: PutOptions) -> _Put:
-            entries = scanned()
-            if base.is_replaced_whole:
-                first = next(entries, None)
-                second = next(entries, None)
-                if first is not None and second is None and _is_legacy_payload(first):
-                    return self._put_payload(first.chunks(), first.info.size, callback, options)
-                entries = _chain(first, second, entries)
-            return self._put_tree(base, entries, size, callback, options)
-
-        self._save(part, put)
+        with contextlib.ExitStack() as files:
+            for part in parts:
+                if isinstance(part, Entries):
+                    entries = part.entries()
+                    sizes.append(part.size)
+                    if is_alone:
+                        first, second = next(entries, None), next(entries, None)
+                        if first is not None and second is None and _is_legacy_payload(first):
+                            return self._put_payload(first.chunks(), first.info.size, callback, options)
+                        entries = _chain(first, second, entries)
+                elif is_alone:
+                    return self._put_payload(part.chunks(), part.size(), callback, options)
+                else:
+                    content, known = files.enter_context(layout.sized(part.chunks(), part.size()))
+                    entries = iter([part.entry(content, known)])
+                    sizes.append(functools.partial(int, known))
+                label = base.labels[part.name]
+                newer = in_part(entries, label)
+                items = newer if is_alone else merge(items, newer, label, opened)
+            return layout.put_tree(
+                self._uri,
+                items,
+                self._settings,
+                size=lambda: sum(size() for size in sizes),
+                carried=base.units_in,
+                callback=callback,
+                options=options,
+            )
 
     def _put_payload(
         self, chunks: Iterable[Chunk], size: int | None, callback: Callback | None, options: PutOptions
     ) -> _Put:
         return layout.put_payload(self._uri, chunks, self._settings, size=size, callback=callback, options=options), []
 
-    def _put_tree(
-        self,
-        base: _Base,
-        entries: Iterator[Entry],
-        size: Callable[[], int],
-        callback: Callback | None,
-        options: PutOptions,
-    ) -> _Put:
-        items: Iterable[Entry | Unit] = in_part(entries, base.label)
-        if not base.is_replaced_whole:
-            opened = functools.partial(
-                layout.get_unit, self._uri, written=base.units_in or storage.Written(0, None), settings=self._settings
-            )
-            items = merge(base.items, in_part(entries, base.label), base.label, opened)
-        return layout.put_tree(
-            self._uri, items, self._settings, size=size, carried=base.units_in, callback=callback, options=options
-        )
-
-    def _save(self, part: str, put: Callable[[_Base, PutOptions], _Put]) -> None:
-        """Add a part to what is there, again and again until nobody else's save comes in between."""
-        with self._lock, storage.turn(self._uri, self._settings.timeout) as sign:
-            storage.undisturbed(lambda: self._try(part, put, sign), uri=self._uri)
-            if self._written is not None:
-                self._resumption.record(self._written)
-
-    def _try(self, part: str, put: Callable[[_Base, PutOptions], _Put], sign: Callable[[], None]) -> None:
-        def options(base: _Base) -> PutOptions:
-            return replace(self._resumption.put_options, replaced=base.replaced, step=sign)
-
-        try:
-            base = self._base(part)
-            try:
-                self._written, self._units = put(base, options(base))
-            except _DisorderError:
-                # Another program's archive, whose entries are unpacked to be sorted.
-                with tempfile.TemporaryDirectory(prefix="flytekit_ckpt-") as folder:
-                    base = self._base(part, Path(folder))
-                    self._written, self._units = put(base, options(base))
-        except storage.ConflictError:
-            self._written = None
-            raise
-        self._has_others = base.has_others
-        self._labels[part] = base.label
-
-    def _base(self, part: str, scratch: Path | None = None) -> _Base:
-        """Tell what a part is to be added to."""
+    def _base(self, parts: Sequence[Part], scratch: Path | None = None) -> _Base:
+        """Tell what parts are to be added to."""
+        names = {part.name for part in parts}
         if self._written is not None:
-            is_replaced_whole = not self._has_others and self._labels.keys() <= {part}
+            is_replaced_whole = not self._has_others and self._labels.keys() <= names
             items = self._units or ([] if is_replaced_whole else self._payload_again(self._written))
-            label = self._labels.get(part) or ("" if part in self._labels else _new_label())
-            return _Base(self._written, items, self._written, label, self._has_others, is_replaced_whole)
+            # What was saved here first has none.
+            labels = {name: self._labels.get(name) or ("" if name in self._labels else _new_label()) for name in names}
+            if is_replaced_whole:
+                items = []
+            return _Base(self._written, items, self._written, labels, self._has_others, is_replaced_whole)
         replaced, found = layout.look(self._uri, self._settings, self._resumption.carry_forward.has_carried)
         if found is None:
-            is_lost = bool(self._labels.keys() - {part})
+            is_lost = bool(self._labels.keys() - names)
             self._labels.clear()
             if is_lost:
                 raise storage.overwritten(self._uri)
-            return _Base(replaced, [], None, "", has_others=False, is_replaced_whole=True)
+            labels = {name: _new_label() for name in names} if len(names) > 1 else dict.fromkeys(names, "")
+            return _Base(replaced, [], None, labels, has_others=False, is_replaced_whole=True)
         # What has no label now may be anybody's.
         self._labels = {name: label for name, label in self._labels.items() if label}
-        is_replaced_whole = isinstance(found, layout.Payload) and part == layout.LEGACY_PAYLOAD_NAME
+        is_replaced_whole = isinstance(found, layout.Payload) and layout.LEGACY_PAYLOAD_NAME in names
         items = [] if is_replaced_whole else _entries(found, scratch)
-        label = self._labels.get(part) or _new_label()
-        return _Base(replaced, items, None, label, not is_replaced_whole, is_replaced_whole)
+        labels = {name: self._labels.get(name) or _new_label() for name in names}
+        return _Base(replaced, items, None, labels, not is_replaced_whole, is_replaced_whole)
 
     def _payload_again(self, written: storage.Written) -> Iterable[Entry]:
         """What the object written last holds, if that is a payload."""
@@ -192,7 +166,7 @@ _Put = tuple[storage.Written, list[Unit]]
 
 @dataclass(frozen=True)
 class _Base:
-    """What a part is added to.
+    """What parts are added to.
 
     Attributes
     ----------
@@ -202,18 +176,18 @@ class _Base:
         What it holds, sorted.
     units_in : Written or None
         The object that the units among them lie in.
-    label : str
-        The part's.
+    labels : dict of str to str
+        That of each part.
     has_others : bool
         Whether something is there that was not saved here.
     is_replaced_whole : bool
-        Whether the part takes the place of all of it.
+        Whether the parts take the place of all of it.
     """
 
     replaced: storage.Written | None
     items: Iterable[Entry | Unit]
     units_in: storage.Written | None
-    label: str
+    labels: dict[str, str]
     has_others: bool
     is_replaced_whole: bool
 
@@ -302,39 +276,3 @@ def _is_legacy_payload(entry: Entry) -> bool:
 def _chain(first: Entry | None, second: Entry | None, rest: Iterator[Entry]) -> Iterator[Entry]:
     yield from (entry for entry in (first, second) if entry is not None)
     yield from rest
-
-
-class _Remaining:
-    """What a binary reader still has to give, more than once if it can seek."""
-
-    def __init__(self, reader: IO[bytes], uri: str) -> None:
-        self._reader = reader
-        self._uri = uri
-        self._is_read = False
-        self._start: int | None = None
-        # Bytes from the reader's position to its end, if it can seek.
-        self.size: int | None = None
-        with contextlib.suppress(OSError, ValueError):
-            start = reader.tell()
-            self.size = max(reader.seek(0, 2) - start, 0)
-            reader.seek(start)
-            self._start = start
-
-    def chunks(self) -> Iterator[Chunk]:
-        if self._is_read:
-            if self._start is None:
-                message = (
-                    f"{storage.public(self._uri)} was changed by another writer while a stream was saved there, which "
-                    "cannot be read again: what was there before is still there; save the stream's content once more"
-                )
-                raise CheckpointError(message)
-            self._reader.seek(self._start)
-        self._is_read = True
-        while True:
-            chunk = self._reader.read(CHUNK_SIZE)
-            if not isinstance(chunk, (bytes, bytearray, memoryview)):
-                message = f"a checkpoint is bytes, but the reader gives {type(chunk).__name__}: open it in binary mode"
-                raise TypeError(message)
-            if not chunk:
-                break
-            yield bytes(chunk)

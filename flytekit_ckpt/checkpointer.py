@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from flytekit_ckpt import adapter, layout, restoration, scratch, termination
+from flytekit_ckpt import adapter, layout, parts, restoration, scratch, termination
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import CheckpointOptions, check_names
@@ -207,31 +207,31 @@ class SyncCheckpoint(Checkpoint):
             If a file shrinks or vanishes while it is being saved, if a stream that cannot seek would have to be read
             again, or if somebody has removed what was saved before.
         """
+        part = self._part(cp)
+        with self._saving():
+            self._destination.save([part], callback)
+        if isinstance(cp, io.BytesIO):
+            cp.seek(0, io.SEEK_END)
+
+    def _part(self, cp: Path | str | io.BufferedReader) -> parts.Part:
+        """Make of what is to be saved a part of the checkpoint."""
         if isinstance(cp, (str, Path)):
             path = Path(cp)
             if path.is_dir():
-                save = self._destination.save_folder
-            elif path.is_file():
-                save = self._destination.save_file
-            else:
-                raise layout.not_savable(path)
-            with self._saving():
-                save(path, callback)
-        elif isinstance(cp, io.TextIOBase):
+                return parts.Folder.at(path, self._checkpoint_dest)
+            if path.is_file():
+                return parts.File(path.name, path)
+            raise layout.not_savable(path)
+        if isinstance(cp, io.TextIOBase):
             message = "a checkpoint is bytes, but the reader gives text: open it in binary mode"
             raise TypeError(message)
-        elif isinstance(cp, io.BytesIO):
+        if isinstance(cp, io.BytesIO):
             # In one piece, its checksum is known before it is sent.
-            content = cp.getbuffer()[cp.tell() :]
-            with self._saving():
-                self._destination.save_bytes(content, callback)
-            cp.seek(0, io.SEEK_END)
-        elif isinstance(cp, io.IOBase):
-            with self._saving():
-                self._destination.save_reader(cast("IO[bytes]", cp), callback)
-        else:
-            message = f"Only a valid path or IOBase type (reader) should be provided, received {type(cp)}"
-            raise ValueError(message)  # noqa: TRY004 - flytekit's error for it
+            return parts.Bytes(cp.getbuffer()[cp.tell() :])
+        if isinstance(cp, io.IOBase):
+            return parts.Reader(cast("IO[bytes]", cp), self._checkpoint_dest)
+        message = f"Only a valid path or IOBase type (reader) should be provided, received {type(cp)}"
+        raise ValueError(message)
 
     def read(self) -> bytes | None:
         """Return the content of the previous attempt's single entry.
