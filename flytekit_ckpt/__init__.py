@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flytekit_ckpt.async_checkpointer import AsyncCheckpoint as AsyncCheckpoint
     from flytekit_ckpt.checkpointer import Checkpoint as Checkpoint
     from flytekit_ckpt.checkpointer import SyncCheckpoint as SyncCheckpoint
     from flytekit_ckpt.context import current_checkpoint as current_checkpoint
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from flytekit_ckpt.errors import CheckpointUnavailableError as CheckpointUnavailableError
     from flytekit_ckpt.errors import CorruptCheckpointError as CorruptCheckpointError
     from flytekit_ckpt.errors import FlyteRecoverableException as FlyteRecoverableException
+    from flytekit_ckpt.errors import SaveNotBegunError as SaveNotBegunError
+    from flytekit_ckpt.errors import SaveReplacedError as SaveReplacedError
     from flytekit_ckpt.errors import StorageError as StorageError
     from flytekit_ckpt.errors import UnsafeCheckpointError as UnsafeCheckpointError
     from flytekit_ckpt.termination import on_termination as on_termination
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncCheckpoint": "async_checkpointer",
     "Checkpoint": "checkpointer",
     "SyncCheckpoint": "checkpointer",
     "current_checkpoint": "context",
@@ -34,6 +38,8 @@ _HOMES = {
     "CheckpointError": "errors",
     "CheckpointUnavailableError": "errors",
     "CorruptCheckpointError": "errors",
+    "SaveNotBegunError": "errors",
+    "SaveReplacedError": "errors",
     "StorageError": "errors",
     "UnsafeCheckpointError": "errors",
     "latest_checkpoint": "v2",

@@ -10,12 +10,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flytekit_ckpt import layout, storage
 from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.entries import Entry, in_part, stream_entry
 from flytekit_ckpt.folders import scan_folder
+from flytekit_ckpt.home import Home
 from flytekit_ckpt.layout import PutOptions
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.merging import merge
@@ -59,6 +60,22 @@ class Destination:
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             return dict(vars(self))
+
+    @property
+    def home(self) -> Home | None:
+        """The attempt's home, and what is known of it."""
+        return self._resumption.home
+
+    @property
+    def saved(self) -> Saved:
+        """What is known of what was saved; may be set to what another process has come to know of it."""
+        with self._lock:
+            return Saved(self._written, self._units, self._labels, self._has_others)
+
+    @saved.setter
+    def saved(self, saved: Saved) -> None:
+        with self._lock:
+            self._written, self._units, self._labels, self._has_others = saved
 
     def save(self, parts: Sequence[Part], callback: Callback | None = None) -> None:
         """Save parts, all of them in one go; each has a name of its own."""
@@ -159,6 +176,15 @@ class Destination:
         if found is None or found.version != written.version:
             raise storage.ConflictError
         return _entries(found, None)
+
+
+class Saved(NamedTuple):
+    """What a `Destination` knows of what was saved there; see its attributes."""
+
+    written: storage.Written | None
+    units: list[Unit]
+    labels: dict[str, str]
+    has_others: bool
 
 
 _Put = tuple[storage.Written, list[Unit]]

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from flytekit_ckpt import adapter, layout, parts, restoration, scratch, termination
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock
-from flytekit_ckpt.options import CheckpointOptions, check_names
+from flytekit_ckpt.options import AsyncOptions, CheckpointOptions, check_names
 from flytekit_ckpt.pipeline import Callback
 from flytekit_ckpt.resumption import Resumption
 from flytekit_ckpt.running import named_uri
@@ -89,6 +89,9 @@ class SyncCheckpoint(Checkpoint):
         **options: Unpack[CheckpointOptions],
     ) -> None:
         check_names(options, CheckpointOptions, type(self).__name__)
+        self._initialize(checkpoint_dest, checkpoint_src, cast("AsyncOptions", options))
+
+    def _initialize(self, checkpoint_dest: str, checkpoint_src: str | None, options: AsyncOptions) -> None:
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = named_uri(checkpoint_src)
         self._resumption = Resumption(self._checkpoint_dest, self._checkpoint_src, options)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from flytekit_ckpt.options import StorageOptions
 
@@ -38,13 +38,34 @@ def resolved(protocol: str, given: StorageOptions) -> dict[str, Any]:
     dict
     """
     options = dict(given)
+    known = _inherited[-1] if _inherited else configured()
     if protocol in _S3:
-        for configured in (*_flyte("S3"), _environment(), *_flytekit("s3")):
-            _fill_s3(options, configured)
+        for told in known.s3:
+            _fill_s3(options, told)
     elif protocol in _AZURE:
-        for configured in (*_flyte("ABFS"), *_flytekit("azure")):
-            _fill_azure(options, configured)
+        for told in known.azure:
+            _fill_azure(options, told)
     return options
+
+
+class Configured(NamedTuple):
+    """What the platforms say of each kind of store, those who are asked first in front."""
+
+    s3: list[_Configured]
+    azure: list[_Configured]
+
+
+def configured() -> Configured:
+    """Ask the platforms that run in this process."""
+    return Configured([*_flyte("S3"), _environment(), *_flytekit("s3")], [*_flyte("ABFS"), *_flytekit("azure")])
+
+
+def inherit(told: Configured) -> None:
+    """Go by what the platforms have said in the process that they run in, instead of this one."""
+    _inherited[:] = [told]
+
+
+_inherited: list[Configured] = []
 
 
 class _Configured(dict[str, Any]):

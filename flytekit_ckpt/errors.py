@@ -33,6 +33,14 @@ class UnsafeCheckpointError(CorruptCheckpointError):
     """
 
 
+class SaveReplacedError(CheckpointError):
+    """A save in the background was not done, since a later one of the same took its place while it waited."""
+
+
+class SaveNotBegunError(CheckpointError):
+    """A save in the background was not begun: the process was told to end, and there was no time left for it."""
+
+
 class FlyteRecoverableException(Exception):  # noqa: N818 - the name is flytekit's
     """The attempt failed, but the next one may succeed: a runner should retry it.
 

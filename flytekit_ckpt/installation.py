@@ -21,14 +21,14 @@ from flytekit_ckpt.attempts import (
     unavailable,
 )
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
-from flytekit_ckpt.options import CheckpointOptions, check_names, of_attempts
+from flytekit_ckpt.options import InstallOptions, check_names, of_attempts
 from flytekit_ckpt.replacement import change, changes, put_back, take_over
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def install(**options: Unpack[CheckpointOptions]) -> None:
+def install(**options: Unpack[InstallOptions]) -> None:
     """Have programs that import flytekit or flyte use this package's checkpoints, unchanged.
 
     Takes the place of flytekit's `Checkpoint` and `SyncCheckpoint` wherever they were imported to, and of
@@ -41,7 +41,7 @@ def install(**options: Unpack[CheckpointOptions]) -> None:
     Parameters
     ----------
     **options
-        Those of `flytekit_ckpt.options.CheckpointOptions`, such as `retries=20`, for the checkpoints of task attempts.
+        Those of `flytekit_ckpt.options.InstallOptions`, such as `retries=20`, for the checkpoints of task attempts.
         They stay until they are given anew.
 
     Raises
@@ -55,7 +55,7 @@ def install(**options: Unpack[CheckpointOptions]) -> None:
     """
     import wrapt
 
-    check_names(options, CheckpointOptions, "install")
+    check_names(options, InstallOptions, "install")
     of_attempts.update(options)
     for name in _PATCHES:
         if sys.modules.get(name) is not None:
@@ -183,7 +183,7 @@ def _with_options(worker: Callable[..., Any]) -> Callable[..., Any]:
     return functools.update_wrapper(functools.partial(worker, of_attempts), worker)
 
 
-def _flytekit_worker(options: CheckpointOptions, *arguments: Any) -> Any:
+def _flytekit_worker(options: InstallOptions, *arguments: Any) -> Any:
     """Run as a worker of `flytekitplugins.kfpytorch.Elastic`."""
     install(**options)
     from flytekitplugins.kfpytorch import task
@@ -191,7 +191,7 @@ def _flytekit_worker(options: CheckpointOptions, *arguments: Any) -> Any:
     return changes[task, "spawn_helper"].theirs(*arguments)
 
 
-def _flyte_worker(options: CheckpointOptions, *arguments: Any) -> Any:
+def _flyte_worker(options: InstallOptions, *arguments: Any) -> Any:
     """Run as a worker of `flyteplugins.pytorch.Elastic`."""
     install(**options)
     from flyteplugins.pytorch import task

@@ -67,18 +67,57 @@ class CheckpointOptions(StateOptions, total=False):
     fallback: Literal["older"] | None
 
 
-of_attempts = CheckpointOptions()
+class AsyncOptions(CheckpointOptions, total=False):
+    """Options of a checkpoint that is saved in the background: those of `CheckpointOptions`, and more.
+
+    Parameters
+    ----------
+    when_busy : {"latest", "wait"}, default "latest"
+        What a save does while an earlier one is under way and another one waits: `"latest"` takes the place of the one
+        that waits, if it replaces that whole; `"wait"` holds the caller until nothing waits.
+    grace : float, default 25
+        Seconds that saves may go on for after SIGTERM; what cannot be done in that time is not begun. Kubernetes kills
+        a pod 30 seconds after SIGTERM unless told otherwise.
+    """
+
+    when_busy: Literal["latest", "wait"]
+    grace: float
+
+
+class InstallOptions(AsyncOptions, total=False):
+    """Options of `install`: those of `AsyncOptions`, for the checkpoints of task attempts, and more.
+
+    Parameters
+    ----------
+    asynchronous : bool, default False
+        Whether task attempts get checkpoints that are saved in the background. The variable
+        `FLYTEKIT_CKPT_ASYNCHRONOUS`, `1` or `0`, if not given.
+    """
+
+    asynchronous: bool
+
+
+GRACE = 25.0
+"""Seconds that saves may go on for after SIGTERM unless told otherwise."""
+
+of_attempts = InstallOptions()
 """What `install` was given, for the checkpoints of task attempts."""
 
 _VARIABLES = {"home": "FLYTEKIT_CKPT_HOME", "resume_from": "FLYTEKIT_CKPT_RESUME_FROM"}
 
 
-def completed(given: CheckpointOptions, *, is_attempts: bool) -> CheckpointOptions:
+def is_asynchronous() -> bool:
+    """Tell whether task attempts get checkpoints that are saved in the background."""
+    said = os.environ.get("FLYTEKIT_CKPT_ASYNCHRONOUS", "").strip().lower()
+    return of_attempts.get("asynchronous", said not in ("", "0", "false", "no", "off"))
+
+
+def completed(given: AsyncOptions, *, is_attempts: bool) -> AsyncOptions:
     """Fill in what was not given for the checkpoint of the running attempt; any other has what it was given."""
     if not is_attempts:
         return given
     environment = {name: value for name, variable in _VARIABLES.items() if (value := os.environ.get(variable))}
-    return CheckpointOptions(**{**environment, **of_attempts, **given})  # type: ignore[typeddict-item]
+    return AsyncOptions(**{**environment, **of_attempts, **given})  # type: ignore[typeddict-item]
 
 
 def check_names(options: Mapping[str, object], known: type, function: str) -> None:

@@ -15,7 +15,7 @@ from flytekit_ckpt.errors import CorruptCheckpointError, StorageError, UnsafeChe
 from flytekit_ckpt.home import Home
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock
-from flytekit_ckpt.options import CheckpointOptions, completed
+from flytekit_ckpt.options import AsyncOptions, completed
 from flytekit_ckpt.pipeline import Callback
 from flytekit_ckpt.running import has_other_ranks, is_restarted, running
 from flytekit_ckpt.storage import Settings
@@ -34,13 +34,13 @@ class Resumption:
         What this attempt saves to.
     source : str or None
         What the previous one saved to.
-    options : CheckpointOptions
+    options : AsyncOptions
         As the user gave them.
     """
 
-    def __init__(self, destination: str, source: str | None, options: CheckpointOptions) -> None:
+    def __init__(self, destination: str, source: str | None, options: AsyncOptions) -> None:
         attempt = running()
-        options = completed(options, is_attempts=attempt.destination == destination)
+        self.options = options = completed(options, is_attempts=attempt.destination == destination)
         self._destination = destination
         self._source = source
         self.settings = Settings.of(options)
@@ -122,10 +122,20 @@ class Resumption:
 
     def record(self, written: storage.Written) -> None:
         """Remember a save of this process, and tell the home of it."""
-        with self._lock:
-            _saved_here.add(storage.canonical(self._destination))
+        self.saved()
         if self._home is not None:
             self._home.record(self._destination, written, self._resumed_from)
+
+    def saved(self, home: Home | None = None) -> None:
+        """Remember that this process has saved, if another one has done it and told its `home`."""
+        with self._lock:
+            _saved_here.add(storage.canonical(self._destination))
+            self._home = home or self._home
+
+    @property
+    def home(self) -> Home | None:
+        """The home, and what is known of it."""
+        return self._home
 
     def _places(self, passed: list[str]) -> Iterator[tuple[str, str]]:
         """Yield the places and URIs to look at, one after the other; say in `passed` why others are left out."""

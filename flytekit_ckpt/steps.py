@@ -6,12 +6,12 @@ import operator
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from flytekit_ckpt import layout, state, storage, termination
-from flytekit_ckpt.background_saves import BackgroundSaves
+from flytekit_ckpt.background_saves import BackgroundSaves, Job
 from flytekit_ckpt.entries import stream_entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError
 from flytekit_ckpt.options import StateOptions, check_names
@@ -63,7 +63,7 @@ class StateHandler:
         check_names(options, StateOptions, type(self).__name__)
         self.async_checkpointing = async_checkpointing
         self._settings = storage.Settings.of(options)
-        self._background = BackgroundSaves() if async_checkpointing else None
+        self._background = BackgroundSaves(_do, are_joint=False) if async_checkpointing else None
 
     def save_to_directory(
         self,
@@ -133,7 +133,10 @@ class StateHandler:
             with termination.saving():
                 save()
         else:
-            self._background.do(save)
+            # Each step is a checkpoint of its own, and none takes the place of another.
+            self._background.check()
+            self._background.wait_for_room()
+            self._background.submit(Job(uri, save, sum(file.size for file in files)))
         return uri
 
     def restore(
@@ -266,6 +269,11 @@ class StateHandler:
                 raise CorruptCheckpointError(str(error)) from error
         layout.Event("restored", "tree", size, time.perf_counter() - started, storage.public(uri)).log()
         return content
+
+
+def _do(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.content()
 
 
 def _base(directory: str | os.PathLike[str]) -> str:

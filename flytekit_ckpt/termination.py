@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -42,10 +43,19 @@ def on_termination(callback: Callable[[], object] | None = None) -> None:
         message = "on_termination() must be called in the main thread: Python lets no other handle signals"
         raise ValueError(message)
     _handler.callback = callback
-    current = signal.getsignal(signal.SIGTERM)
-    if current is not _handler:
-        _handler.previous = current
-        signal.signal(signal.SIGTERM, _handler)
+    _handler.take_over()
+
+
+def finish_within(seconds: float) -> None:
+    """Have SIGTERM wait for the saves in progress, but no longer; nothing is done outside the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        _handler.grace = seconds
+        _handler.take_over()
+
+
+def deadline() -> float | None:
+    """Give the time, as `time.monotonic` does, at which a process that was told to end will not wait any longer."""
+    return _handler.deadline
 
 
 @contextlib.contextmanager
@@ -95,9 +105,9 @@ class _Progress:
     def has_mine(self) -> bool:
         return threading.get_ident() in list(self._saves.values())
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None) -> None:
         with self._ended:
-            self._ended.wait_for(lambda: not self._saves)
+            self._ended.wait_for(lambda: not self._saves, seconds)
 
 
 class _Handler:
@@ -106,12 +116,23 @@ class _Handler:
     def __init__(self) -> None:
         self.callback: Callable[[], object] | None = None
         self.previous: Any = None
+        # Seconds that saves may take after the signal, if there is a limit, and until when that is.
+        self.grace: float | None = None
+        self.deadline: float | None = None
         self.is_due = False
         self._is_finishing = False
+
+    def take_over(self) -> None:
+        current = signal.getsignal(signal.SIGTERM)
+        if current is not self:
+            self.previous = current
+            signal.signal(signal.SIGTERM, self)
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
         # In the main thread, in the middle of whatever it does.
         self.is_due = True
+        if self.grace is not None and self.deadline is None:
+            self.deadline = time.monotonic() + self.grace
         if not _progress.has_mine():
             self.finish()
 
@@ -120,16 +141,21 @@ class _Handler:
             return
         self.is_due, self._is_finishing = False, True
         try:
-            _progress.wait()
+            self._wait()
             if self.callback is not None:
                 self.callback()
+                # It may have begun saves in the background.
+                self._wait()
         except Exception:
             logger.exception("the callback of on_termination() failed")
         finally:
             self._is_finishing = False
-            self.callback = None
+            self.callback = self.deadline = None
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self.previous is None else self.previous)
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _wait(self) -> None:
+        _progress.wait(None if self.deadline is None else max(0.0, self.deadline - time.monotonic()))
 
 
 _progress = _Progress()

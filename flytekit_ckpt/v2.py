@@ -8,20 +8,24 @@ import functools
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
 from flytekit_ckpt import layout, restoration, scratch, storage, termination
+from flytekit_ckpt.asynchronous import SENT_SIZE, AsynchronousSaves, Frozen
 from flytekit_ckpt.files import file_chunks
 from flytekit_ckpt.folders import folder_size, scan_folder
+from flytekit_ckpt.home import Home
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock, Queue
-from flytekit_ckpt.options import CheckpointOptions, check_names
+from flytekit_ckpt.options import AsyncOptions, check_names
 from flytekit_ckpt.pipeline import Callback, Chunk
 from flytekit_ckpt.resumption import Resumption
 from flytekit_ckpt.running import named_uri
+from flytekit_ckpt.snapshots import Snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -70,8 +74,8 @@ class Checkpoint(BaseCheckpoint):
         URI or path of the object that the previous attempt saved, with either API, or of the folder that flytekit 1
         saved. Blank, or a pair of quotes, means that there was none.
     **options
-        Those of `flytekit_ckpt.options.CheckpointOptions`: `storage_options`, `memory_budget`, `retries`, `timeout`,
-        `restore_limit`, `carry_forward`, `home`, `resume_from`, `fallback`.
+        Those of `flytekit_ckpt.options.AsyncOptions`: `storage_options`, `memory_budget`, `retries`, `timeout`,
+        `restore_limit`, `carry_forward`, `home`, `resume_from`, `fallback`; for `save_async`, `when_busy` and `grace`.
 
     Examples
     --------
@@ -85,9 +89,9 @@ class Checkpoint(BaseCheckpoint):
         self,
         checkpoint_dest: str,
         checkpoint_src: str | None = None,
-        **options: Unpack[CheckpointOptions],
+        **options: Unpack[AsyncOptions],
     ) -> None:
-        check_names(options, CheckpointOptions, type(self).__name__)
+        check_names(options, AsyncOptions, type(self).__name__)
         self._checkpoint_dest = os.fspath(checkpoint_dest)
         self._checkpoint_src = named_uri(checkpoint_src)
         self._resumption = Resumption(self._checkpoint_dest, self._checkpoint_src, options)
@@ -95,11 +99,12 @@ class Checkpoint(BaseCheckpoint):
         self._loaded: Path | None = None
         self._lock = ForkSafeLock()
         self._saves = Queue()
+        self._background: AsynchronousSaves | None = None
         self._resumption.carry_forward.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # In another process it loads anew.
-        return {**vars(self), "_workspace": None, "_loaded": None}
+        return {**vars(self), "_workspace": None, "_loaded": None, "_background": None}
 
     @property
     def remote_destination(self) -> str:
@@ -120,12 +125,22 @@ class Checkpoint(BaseCheckpoint):
             return self._workspace
 
     def close(self) -> None:
-        """Wait until the previous checkpoint has been carried forward, and remove the local folder; done by `with`."""
-        self._resumption.carry_forward.close()
-        with self._lock:
-            if self._workspace is not None:
-                scratch.remove_tree(self._workspace)
-            self._workspace = self._loaded = None
+        """Finish what is being saved or carried forward, and remove the local folder; done by `with`.
+
+        Raises
+        ------
+        CheckpointError
+            That of a save in the background, as `wait_until_finished` does.
+        """
+        try:
+            if self._background is not None:
+                self._background.close()
+        finally:
+            self._resumption.carry_forward.close()
+            with self._lock:
+                if self._workspace is not None:
+                    scratch.remove_tree(self._workspace)
+                self._workspace = self._loaded = None
 
     def __enter__(self) -> Self:
         return self
@@ -226,18 +241,103 @@ class Checkpoint(BaseCheckpoint):
         """
         self._save_in_turn(self._saves.line_up(), data, callback, threading.Event())
 
+    def save_async(self, data: Savable, *, move: bool = False, callback: Callback | None = None) -> Future[None]:
+        """Save what something is now, in the background.
+
+        Returns when a snapshot is taken: whatever becomes of the files after that, what is saved is what they were. A
+        save that waits while an earlier one is under way is not done if a later one comes (`when_busy="latest"`): its
+        future gives a `SaveReplacedError`. See `flytekit_ckpt.AsyncCheckpoint` for snapshots and for the end of the
+        program.
+
+        Parameters
+        ----------
+        data : path-like, str, bytes, bytearray or memoryview
+            As for `save_sync`.
+        move : bool, keyword only, default False
+            Whether a file or folder is given away: it is renamed instead of copied, and gone when this returns.
+        callback : fsspec.callbacks.Callback, keyword only, optional
+            Progress callback, called in another thread.
+
+        Returns
+        -------
+        concurrent.futures.Future
+            Of `None`, once it is safe; of the error, if it fails. It cannot be cancelled. `await` it as
+            `asyncio.wrap_future(future)`.
+
+        Raises
+        ------
+        FileNotFoundError, TypeError, ValueError
+            As for `save_sync`.
+        CheckpointError
+            If no snapshot can be taken; or that of an earlier save in the background, which nobody has been given yet:
+            then this one is not done.
+        """
+        content: Savable
+        if isinstance(data, (str, os.PathLike)):
+            content = path = Path(data)
+            if path.is_dir():
+                if move:
+                    layout.check_is_outside(self._checkpoint_dest, path)
+            elif not path.is_file():
+                raise layout.not_savable(path)
+        else:
+            content = layout.as_bytes(data)
+        return self._in_background.save("", lambda: self._frozen(content, is_given=move), content, callback)
+
+    def wait_until_finished(self) -> None:
+        """Wait until everything is saved that was given to `save_async`.
+
+        Raises
+        ------
+        CheckpointError
+            That of a save which failed, unless it has been raised before, or a later save has succeeded.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    @property
+    def _in_background(self) -> AsynchronousSaves:
+        with self._lock:
+            if self._background is None:
+                self._background = AsynchronousSaves(
+                    self._checkpoint_dest,
+                    self._resumption,
+                    save=_save,
+                    state=lambda: self,
+                    learn=self._resumption.saved,
+                    on_disk=_on_disk,
+                    line_up=lambda: _Turn(self._saves),
+                )
+                self._background.prepare()
+            return self._background
+
+    def _frozen(self, content: Savable, *, is_given: bool) -> Frozen:
+        if isinstance(content, bytes):
+            return Frozen(content, len(content))
+        assert isinstance(content, Path)
+        exclude = layout.not_into_itself(self._checkpoint_dest)
+        if is_given:
+            snapshot = Snapshot.of_moved(content, exclude)
+        elif content.is_dir():
+            snapshot = Snapshot.of_folder(content, exclude)
+        else:
+            snapshot = Snapshot.of_file(content)
+        return Frozen(snapshot.path, snapshot.size, snapshot.discard)
+
     def _save_in_turn(
         self, ticket: object, data: Savable, callback: Callback | None, cancelled: threading.Event
     ) -> None:
         try:
             self._saves.wait_for(ticket, cancelled)
             if not cancelled.is_set():
-                timeout = self._resumption.settings.timeout
-                turn = storage.turn(self._checkpoint_dest, timeout, cancelled.is_set)
-                with termination.saving(), self._resumption.carry_forward.paused(), turn as sign:
-                    self._resumption.record(self._save(data, callback, cancelled, sign))
+                self._save_now(data, callback, cancelled)
         finally:
             self._saves.leave(ticket)
+
+    def _save_now(self, data: Savable, callback: Callback | None, cancelled: threading.Event) -> None:
+        turn = storage.turn(self._checkpoint_dest, self._resumption.settings.timeout, cancelled.is_set)
+        with termination.saving(), self._resumption.carry_forward.paused(), turn as sign:
+            self._resumption.record(self._save(data, callback, cancelled, sign))
 
     def _save(
         self, data: Savable, callback: Callback | None, cancelled: threading.Event, sign: Callable[[], None]
@@ -268,6 +368,70 @@ class Checkpoint(BaseCheckpoint):
         return layout.put_payload(
             dest, chunks, settings, size=length, file=file, keep_archives=True, callback=callback, options=options
         )
+
+
+class AsyncCheckpoint(Checkpoint):
+    """The checkpoint of one task attempt, all of whose saves are done in the background.
+
+    `save_sync` and `await save()` do as `save_async` does, and return when a snapshot is taken. A cancelled `await
+    save()` may have promised it.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dest: str,
+        checkpoint_src: str | None = None,
+        **options: Unpack[AsyncOptions],
+    ) -> None:
+        super().__init__(checkpoint_dest, checkpoint_src, **options)
+        self._calls = Queue()
+        # So that its process is ready when the first save comes.
+        self._in_background  # noqa: B018
+
+    async def save(self, data: Savable, *, move: bool = False, callback: Callback | None = None) -> None:
+        """Promise a save without blocking the event loop; see `save_async`."""
+        ticket = self._calls.line_up()
+
+        def promise() -> None:
+            try:
+                self._calls.wait_for(ticket, threading.Event())
+                self.save_async(data, move=move, callback=callback)
+            finally:
+                self._calls.leave(ticket)
+
+        await asyncio.get_running_loop().run_in_executor(None, promise)
+
+    def save_sync(self, data: Savable, *, move: bool = False, callback: Callback | None = None) -> None:
+        """Promise a save; see `save_async`."""
+        self.save_async(data, move=move, callback=callback)
+
+
+def _save(checkpoint: Checkpoint, contents: Sequence[Savable], callback: Callback | None = None) -> Home | None:
+    """Save one thing after the other; done in another process."""
+    for content in contents:
+        checkpoint._save_now(content, callback, threading.Event())
+    return checkpoint._resumption.home
+
+
+def _on_disk(content: Savable) -> Frozen:
+    if isinstance(content, bytes) and len(content) > SENT_SIZE:
+        snapshot = Snapshot.of_chunks([content], len(content))
+        return Frozen(snapshot.path, snapshot.size, snapshot.discard)
+    return Frozen(content, 0)
+
+
+class _Turn:
+    """A turn among all saves of an instance."""
+
+    def __init__(self, saves: Queue) -> None:
+        self._saves = saves
+        self._ticket = saves.line_up()
+
+    def wait(self) -> None:
+        self._saves.wait_for(self._ticket, threading.Event())
+
+    def leave(self) -> None:
+        self._saves.leave(self._ticket)
 
 
 class PayloadPath(PosixPath):

@@ -6,7 +6,7 @@ tree whose one member, `payload`, is marked.
 """
 
 from flytekit_ckpt.layout.destination import copy, is_linked, link, look, state
-from flytekit_ckpt.layout.locations import not_into_itself
+from flytekit_ckpt.layout.locations import check_is_outside, not_into_itself
 from flytekit_ckpt.layout.reading import get, get_unit
 from flytekit_ckpt.layout.shapes import (
     CARRIED,
@@ -39,6 +39,7 @@ __all__ = [
     "PutOptions",
     "Tree",
     "as_bytes",
+    "check_is_outside",
     "copy",
     "get",
     "get_unit",

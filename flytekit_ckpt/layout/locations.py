@@ -8,6 +8,7 @@ from pathlib import Path
 from flytekit_ckpt import storage
 from flytekit_ckpt.folders import Exclude
 from flytekit_ckpt.layout.shapes import OBJECT_NAME
+from flytekit_ckpt.scratch import is_scratch
 
 
 def written_uri(uri: str) -> str:
@@ -16,12 +17,23 @@ def written_uri(uri: str) -> str:
     return str(path / OBJECT_NAME) if path is not None and path.is_dir() else uri
 
 
+def check_is_outside(uri: str, folder: Path) -> None:
+    """Refuse to have a folder given away that the object at a URI lies in."""
+    written = storage.local_path(written_uri(uri))
+    if written is not None and Path(os.path.realpath(written)).is_relative_to(os.path.realpath(folder)):
+        message = f"{folder} cannot be given away with move=True: the checkpoint itself is saved into it, to {written}"
+        raise ValueError(message)
+
+
 def not_into_itself(uri: str) -> Exclude:
-    """Exclude the object at a URI, and what is being written for it, from a folder that is saved there."""
+    """Exclude the object at a URI, and what is kept for it meanwhile, from a folder that is saved there."""
     written = storage.local_path(written_uri(uri))
 
     def reason(path: Path) -> str | None:
-        assert written is not None
+        if is_scratch(path.name):
+            return ""
+        if written is None:
+            return None
         is_object = path.name == written.name
         if not is_object and not storage.is_temporary(path.name, written):
             return None
@@ -29,7 +41,7 @@ def not_into_itself(uri: str) -> Exclude:
             return None
         return "it is what the checkpoint itself is saved to" if is_object else ""
 
-    return (lambda _: None) if written is None else reason
+    return reason
 
 
 def located(uri: str) -> tuple[Path | None, bool]:

@@ -29,6 +29,7 @@ from flytekit_ckpt.storage.objects import (
 )
 from flytekit_ckpt.storage.s3 import S3Object
 from flytekit_ckpt.storage.slots import is_temporary
+from flytekit_ckpt.storage.surroundings import Surroundings
 from flytekit_ckpt.storage.turns import turn
 from flytekit_ckpt.storage.uris import canonical, local_path, public
 
@@ -52,11 +53,13 @@ __all__ = [
     "State",
     "Stored",
     "StoredObject",
+    "Surroundings",
     "Written",
     "at",
     "canonical",
     "import_client",
     "is_forbidden",
+    "is_shared",
     "is_temporary",
     "local_path",
     "overwritten",
@@ -74,6 +77,11 @@ def at(uri: str, settings: Settings | None = None) -> StoredObject:
     # But for the root of a store.
     uri = uri if uri.endswith("://") else uri.rstrip("/")
     return _KINDS.get(uri.partition("://")[0], FsspecObject)(uri, settings)
+
+
+def is_shared(uri: str) -> bool:
+    """Tell whether another process reaches the same by a URI: the memory of this one, for example, it does not."""
+    return local_path(uri) is not None or uri.partition("://")[0] in _KINDS
 
 
 def import_client(uri: str) -> None:
