@@ -185,7 +185,8 @@ def _save(
     destination: adapter.Destination, contents: Sequence[parts.Part], callback: Callback | None = None
 ) -> tuple[adapter.Saved, Home | None]:
     """Save parts; done in another process."""
-    destination.save(contents, callback)
+    with layout.in_background():
+        destination.save(contents, callback)
     return destination.saved, destination.home
 
 
@@ -206,18 +207,18 @@ def _frozen(part: parts.Part, *, is_given: bool) -> Frozen:
             # A part of it is gone.
             message = "the disk has no room for what a stream gives, which cannot be read again: save from a file"
             raise StorageError(errno.ENOSPC, message) from error
-        return Frozen(parts.Content(snapshot.path), snapshot.size, snapshot.discard)
+        return Frozen(parts.Content(snapshot.path), snapshot.size, snapshot)
     if isinstance(part, parts.Folder):
         exclude = layout.not_into_itself(part.uri)
         snapshot = (Snapshot.of_moved if is_given else Snapshot.of_folder)(part.path, exclude)
-        return Frozen(parts.Folder(part.name, snapshot.path, part.uri), snapshot.size, snapshot.discard)
+        return Frozen(parts.Folder(part.name, snapshot.path, part.uri), snapshot.size, snapshot)
     assert isinstance(part, parts.File)
     snapshot = Snapshot.of_moved(part.path) if is_given else Snapshot.of_file(part.path)
-    return Frozen(parts.File(part.name, snapshot.path), snapshot.size, snapshot.discard)
+    return Frozen(parts.File(part.name, snapshot.path), snapshot.size, snapshot)
 
 
 def _on_disk(part: parts.Part) -> Frozen:
     if isinstance(part, parts.Bytes) and len(part.content) > SENT_SIZE:
         snapshot = Snapshot.of_chunks(part.chunks(), part.size())
-        return Frozen(parts.Content(snapshot.path), snapshot.size, snapshot.discard)
+        return Frozen(parts.Content(snapshot.path), snapshot.size, snapshot)
     return Frozen(part, 0)

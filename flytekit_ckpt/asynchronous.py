@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from flytekit_ckpt import storage, termination
@@ -15,7 +16,8 @@ from flytekit_ckpt.options import GRACE
 from flytekit_ckpt.pipeline import Callback
 from flytekit_ckpt.processes import ProcessUnavailableError, SavingProcess
 from flytekit_ckpt.resumption import Resumption
-from flytekit_ckpt.snapshots import NoRoomError
+from flytekit_ckpt.scratch import remove_tree
+from flytekit_ckpt.snapshots import NoRoomError, Snapshot
 
 logger = logging.getLogger("flytekit_ckpt")
 
@@ -33,13 +35,18 @@ class Frozen:
         Can be saved in the place of what was given.
     size : int
         Its bytes.
-    discard : callable
-        Removes what was copied for it.
+    snapshot : Snapshot or None
+        What was copied for it.
     """
 
     content: Any
     size: int
-    discard: Callable[[], object] = lambda: None
+    snapshot: Snapshot | None = None
+
+    def discard(self) -> None:
+        """Remove what was copied for it."""
+        if self.snapshot is not None:
+            self.snapshot.discard()
 
 
 class Turn(Protocol):
@@ -166,7 +173,7 @@ class AsynchronousSaves:
             if turn is not None:
                 turn.leave()
 
-        return self._saves.submit(Job(name, _Promised(frozen.content, callback, turn), frozen.size, discard))
+        return self._saves.submit(Job(name, _Promised(frozen, callback, turn), frozen.size, discard))
 
     def _save(self, jobs: Sequence[Job]) -> None:
         promised: list[_Promised] = [job.content for job in jobs]
@@ -176,7 +183,12 @@ class AsynchronousSaves:
             if one.turn is not None:
                 one.turn.wait()
         with self._resumption.carry_forward.paused():
-            self._learn(self._called([one.content for one in promised], callback))
+            self._learn(self._called([one.frozen.content for one in promised], callback))
+        if self._process is not None:
+            snapshots = [one.frozen.snapshot.folder for one in promised if one.frozen.snapshot is not None]
+            # Here, each of a thousand files would cost the time that another thread keeps the interpreter's lock.
+            with contextlib.suppress(ProcessUnavailableError):
+                self._process.call(_remove, snapshots)
 
     def _called(self, contents: list[Any], callback: Callback | None) -> Any:
         if self._process is not None:
@@ -213,9 +225,14 @@ class AsynchronousSaves:
                 self._process.close()
 
 
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        remove_tree(folder)
+
+
 @dataclass(frozen=True)
 class _Promised:
-    content: Any
+    frozen: Frozen
     callback: Callback | None
     turn: Turn | None
 

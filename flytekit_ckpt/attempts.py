@@ -8,13 +8,15 @@ import sys
 import threading
 import types
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
 from flytekit_ckpt import errors, running, v2
+from flytekit_ckpt.async_checkpointer import AsyncCheckpoint
 from flytekit_ckpt.carry_forward import CarryForward
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
-from flytekit_ckpt.options import completed
+from flytekit_ckpt.options import completed, is_asynchronous
 from flytekit_ckpt.replacement import original
 from flytekit_ckpt.running import Running, named_uri
 from flytekit_ckpt.storage import Settings
@@ -43,13 +45,26 @@ class Attempt:
 
     @functools.cached_property
     def legacy(self) -> SyncCheckpoint:
+        kind = AsyncCheckpoint if is_asynchronous() else SyncCheckpoint
         with running.as_running(self._running):
-            return SyncCheckpoint(self._destination, self._running.source)
+            return kind(self._destination, self._running.source)
 
     @functools.cached_property
     def new(self) -> v2.Checkpoint:
+        kind = v2.AsyncCheckpoint if is_asynchronous() else v2.Checkpoint
         with running.as_running(self._running):
-            return v2.Checkpoint(self._destination, self._running.source)
+            return kind(self._destination, self._running.source)
+
+    def finish(self) -> Iterator[Exception]:
+        """Wait until everything is saved that was given to be saved; yields what failed."""
+        # Not by asking for them, which would make those that nobody has asked for.
+        for name in ("legacy", "new"):
+            checkpoint = vars(self).get(name)
+            if isinstance(checkpoint, (AsyncCheckpoint, v2.Checkpoint)):
+                try:
+                    checkpoint.wait_until_finished()
+                except Exception as error:  # noqa: BLE001 - whatever a save raised
+                    yield error
 
 
 # For whoever asks first, and for taking names over: every thread must see the same.
@@ -101,6 +116,12 @@ def runner_attempt() -> Attempt | None:
     return runners[-1] if runners else None
 
 
+def running_attempts() -> list[Attempt]:
+    """Give the attempts of this process whose checkpoints have been asked for."""
+    with lock:
+        return [*attempts.values(), *runners]
+
+
 def of_runner() -> SyncCheckpoint | None:
     """Give the legacy checkpoint of the local runner's attempt."""
     with lock:
@@ -129,6 +150,12 @@ def flyte_attempt(task: Any) -> Attempt | None:
     return attempt_of(theirs, running.of_flyte(task))
 
 
+def attempt_of_context(task: Any) -> Attempt | None:
+    """Give the attempt of a `flyte.models.TaskContext`, or the local runner's."""
+    with lock:
+        return flyte_attempt(task) or runner_attempt()
+
+
 def of_flytekit() -> Checkpoint | None:
     """The checkpoint that flytekit was given, in its container or its local sandbox."""
     if sys.modules.get("flytekit") is None:
@@ -144,7 +171,9 @@ def of_flytekit() -> Checkpoint | None:
 def taken_over(theirs: Any) -> Checkpoint:
     """The legacy checkpoint in place of flytekit's own checkpoint; any other, a subclass too, is the user's."""
     kind = type(theirs)
-    if (kind.__module__, kind.__qualname__) != ("flytekit.core.checkpointer", "SyncCheckpoint"):
+    is_theirs = (kind.__module__, kind.__qualname__) == ("flytekit.core.checkpointer", "SyncCheckpoint")
+    # Where flytekit makes it after `install`, it is this package's already, but one whose saves are waited for.
+    if not is_theirs and not (kind is SyncCheckpoint and is_asynchronous()):
         return cast("Checkpoint", theirs)
     with lock:
         # flytekit has no public name for the two prefixes.

@@ -141,6 +141,7 @@ class BackgroundSaves:
                 future, error = self._failures.pop(next(iter(self._failures)))
                 if not future.is_told:
                     future.is_told = True
+                    _raised.append(error)
                     raise error
 
     def close(self) -> None:
@@ -213,6 +214,15 @@ class BackgroundSaves:
             self._failures[job.name] = job.future, error
         job.discard()
         job.future.set_exception(error)
+
+
+# By which the end of an attempt tells them from the task's own.
+_raised: list[BaseException] = []
+
+
+def has_raised(error: BaseException) -> bool:
+    """Tell whether an error is that of a save in the background, raised by a later call."""
+    return any(error is raised for raised in _raised)
 
 
 def replaced(job: Job) -> None:

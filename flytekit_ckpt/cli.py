@@ -16,7 +16,7 @@ from flytekit_ckpt.checkpointer import SyncCheckpoint
 from flytekit_ckpt.entries import file_entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.folders import folder_size, scan_folder
-from flytekit_ckpt.options import CheckpointOptions
+from flytekit_ckpt.options import InstallOptions
 
 
 @click.group()
@@ -42,12 +42,15 @@ def main() -> None:
     metavar="URI|RUN|latest",
     help="Where to resume from if the run has no checkpoint: one's URI, or with --home a run's name.",
 )
+@click.option("--asynchronous", is_flag=True, help="Save in the background.")
 def run(
     target: str,
     inputs: tuple[str, ...],
     retries: int,
     root: str | None,
     preempt_after: float | None,
+    *,
+    asynchronous: bool,
     **options: str | None,
 ) -> None:
     """Run a task on this machine, attempt after attempt, as the platform does.
@@ -71,7 +74,7 @@ def run(
             retries=retries,
             root=root,
             preempt_after=preempt_after,
-            options=_checkpoint_options(options),
+            options=_checkpoint_options(options, asynchronous=asynchronous),
             report=click.echo,
         )
     except runner.TaskFailedError as error:
@@ -79,12 +82,13 @@ def run(
     click.echo(f"result: {result!r}")
 
 
-def _checkpoint_options(given: Mapping[str, str | None]) -> CheckpointOptions:
+def _checkpoint_options(given: Mapping[str, str | None], *, asynchronous: bool) -> InstallOptions:
     def absolute(uri: str | None) -> str | None:
         path = None if uri is None else storage.local_path(uri)
         return uri if path is None else str(path.absolute())
 
-    options = CheckpointOptions()
+    # Otherwise the environment variable says it.
+    options = InstallOptions(asynchronous=True) if asynchronous else InstallOptions()
     # The task may change its working directory.
     if (home := absolute(given["home"])) is not None:
         options["home"] = home

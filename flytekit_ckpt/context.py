@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
-from flytekit_ckpt import errors
 from flytekit_ckpt.attempts import of_flyte, of_flytekit, of_runner, unavailable
 from flytekit_ckpt.checkpointer import Checkpoint
+from flytekit_ckpt.endings import recoverable_type
 from flytekit_ckpt.installation import install, uninstall
 
 __all__ = ["Context", "current_checkpoint", "current_context", "install", "uninstall"]
@@ -44,12 +43,7 @@ def current_checkpoint() -> Checkpoint:
 
 
 def __getattr__(name: str) -> object:
-    # Where flytekit is installed its own exception is the one that its platform retries.
     if name != "FlyteRecoverableException":
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
-    if importlib.util.find_spec("flytekit") is None:
-        return errors.FlyteRecoverableException
-    from flytekit.exceptions.user import FlyteRecoverableException
-
-    return FlyteRecoverableException
+    return recoverable_type()

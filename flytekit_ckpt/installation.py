@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import functools
 import importlib
+import pickle
 import sys
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flytekit_ckpt import v2
+from flytekit_ckpt import endings, termination, v2
 from flytekit_ckpt.attempts import (
+    attempt_of_context,
     begin,
     flyte_attempt,
     lock,
     of_flyte,
     of_runner,
-    runner_attempt,
     taken_over,
     unavailable,
 )
 from flytekit_ckpt.checkpointer import Checkpoint, SyncCheckpoint
-from flytekit_ckpt.options import InstallOptions, check_names, of_attempts
+from flytekit_ckpt.options import GRACE, InstallOptions, check_names, is_asynchronous, of_attempts
 from flytekit_ckpt.replacement import change, changes, put_back, take_over
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def install(**options: Unpack[InstallOptions]) -> None:
     Parameters
     ----------
     **options
-        Those of `flytekit_ckpt.options.InstallOptions`, such as `retries=20`, for the checkpoints of task attempts.
-        They stay until they are given anew.
+        Those of `flytekit_ckpt.options.InstallOptions`, such as `retries=20` or `asynchronous=True`, for the
+        checkpoints of task attempts. They stay until they are given anew.
 
     Raises
     ------
@@ -74,6 +75,9 @@ def install(**options: Unpack[InstallOptions]) -> None:
             # Not half of it.
             uninstall()
             raise
+    if is_asynchronous():
+        # Before the task begins, in the main thread.
+        termination.finish_within(of_attempts.get("grace", GRACE))
     begin()
 
 
@@ -122,6 +126,17 @@ def _patch_flyte_context(models: types.ModuleType) -> None:
     change(models.TaskContext, "__init__", _beginning(models.TaskContext.__init__))
 
 
+def _patch_flytekit_tasks(tasks: types.ModuleType) -> None:
+    for name in ("PythonFunctionTask", "AsyncPythonFunctionTask"):
+        kind = getattr(tasks, name, None)
+        if kind is not None and "execute" in vars(kind):
+            change(kind, "execute", endings.finishing(kind.execute))
+
+
+def _patch_flyte_runtime(runner: types.ModuleType) -> None:
+    change(runner, "run_task", endings.finishing_of_flyte(runner.run_task))
+
+
 def _patch_flytekit_elastic(task: types.ModuleType) -> None:
     change(task, "spawn_helper", _with_options(_flytekit_worker))
 
@@ -133,9 +148,11 @@ def _patch_flyte_elastic(task: types.ModuleType) -> None:
 _PATCHES: dict[str, Callable[[types.ModuleType], None]] = {
     "flytekit.core.checkpointer": _patch_flytekit_names,
     "flytekit.core.context_manager": _patch_flytekit_context,
+    "flytekit.core.python_function_task": _patch_flytekit_tasks,
     "flytekitplugins.kfpytorch.task": _patch_flytekit_elastic,
     "flyte": _patch_flyte_names,
     "flyte.models": _patch_flyte_context,
+    "flyte._internal.runtime.taskrunner": _patch_flyte_runtime,
     "flyteplugins.pytorch.task": _patch_flyte_elastic,
 }
 
@@ -168,8 +185,8 @@ def _beginning(initialize: Callable[..., None]) -> Callable[..., None]:
 
 def _flyte_checkpoint(task: Any) -> v2.Checkpoint | None:
     """The attempt's checkpoint or `None` outside a task, in place of `flyte.models.TaskContext.checkpoint`."""
+    attempt = attempt_of_context(task)
     with lock:
-        attempt = flyte_attempt(task) or runner_attempt()
         return attempt.new if attempt is not None else None
 
 
@@ -183,17 +200,21 @@ def _with_options(worker: Callable[..., Any]) -> Callable[..., Any]:
     return functools.update_wrapper(functools.partial(worker, of_attempts), worker)
 
 
-def _flytekit_worker(options: InstallOptions, *arguments: Any) -> Any:
+def _flytekit_worker(options: InstallOptions, function: bytes, *arguments: Any) -> Any:
     """Run as a worker of `flytekitplugins.kfpytorch.Elastic`."""
     install(**options)
     from flytekitplugins.kfpytorch import task
 
-    return changes[task, "spawn_helper"].theirs(*arguments)
+    return changes[task, "spawn_helper"].theirs(_finishing(function), *arguments)
 
 
-def _flyte_worker(options: InstallOptions, *arguments: Any) -> Any:
+def _flyte_worker(options: InstallOptions, context: Any, function: bytes, *arguments: Any) -> Any:
     """Run as a worker of `flyteplugins.pytorch.Elastic`."""
     install(**options)
     from flyteplugins.pytorch import task
 
-    return changes[task, "launcher_entrypoint"].theirs(*arguments)
+    return changes[task, "launcher_entrypoint"].theirs(context, _finishing(function), *arguments)
+
+
+def _finishing(function: bytes) -> bytes:
+    return pickle.dumps(functools.partial(endings.finished_from, function))

@@ -24,8 +24,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flytekit_ckpt import attempts, context, errors, layout, scratch, storage
-from flytekit_ckpt.options import CheckpointOptions
+from flytekit_ckpt import attempts, context, endings, errors, layout, scratch, storage
+from flytekit_ckpt.options import InstallOptions
 from flytekit_ckpt.running import Running
 
 
@@ -40,7 +40,7 @@ def run(
     retries: int = 0,
     root: str | None = None,
     preempt_after: float | None = None,
-    options: CheckpointOptions | None = None,
+    options: InstallOptions | None = None,
     report: Callable[[str], None],
 ) -> Any:
     """Run a function or a flytekit task through attempts, each a process and a destination of its own.
@@ -61,7 +61,7 @@ def run(
         at the end, if not given.
     preempt_after : float, optional
         Seconds after which every attempt is killed with SIGKILL, counted from the start of the task's own code.
-    options : CheckpointOptions, optional
+    options : InstallOptions, optional
         Options of the task's checkpoint, such as `home` and `resume_from`.
     report : callable
         Takes each line that says what happens.
@@ -120,7 +120,7 @@ class _Attempt:
         target: str,
         inputs: Mapping[str, str],
         known: Running,
-        options: CheckpointOptions,
+        options: InstallOptions,
         scratch: str,
         report: Callable[[str], None],
     ) -> None:
@@ -213,7 +213,8 @@ def _signal_name(number: int) -> str:
 def _described(event: layout.Event) -> str:
     if event.shape == "nothing":
         return "restored nothing"
-    return f"{event.operation} {event.shape}, {_readable(event.size)} in {event.seconds:.3f} s"
+    how = " in the background" if event.in_background else ""
+    return f"{event.operation} {event.shape}{how}, {_readable(event.size)} in {event.seconds:.3f} s"
 
 
 def _readable(size: float) -> str:
@@ -254,7 +255,7 @@ def _attempt(
     target: str,
     inputs: dict[str, str],
     known: Running,
-    options: CheckpointOptions,
+    options: InstallOptions,
     scratch: str,
 ) -> None:
     os.setsid()
@@ -273,9 +274,7 @@ def _attempt(
         context.install(**options)
         attempts.set_runner_checkpoint(known)
         events.send(("started", None))
-        value = function(**arguments)
-        if inspect.iscoroutine(value):
-            value = asyncio.run(value)
+        value = endings.finishing(_awaited)(function, arguments)
         events.send(("returned", _pickled(value)))
     except TaskFailedError as error:
         events.send(("failed", str(error)))
@@ -284,6 +283,11 @@ def _attempt(
             events.send(("recoverable", f"{type(error).__name__}: {error}"))
         else:
             events.send(("failed", traceback.format_exc()))
+
+
+def _awaited(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    value = function(**arguments)
+    return asyncio.run(value) if inspect.iscoroutine(value) else value
 
 
 def _pickled(value: object) -> tuple[bytes | None, str]:

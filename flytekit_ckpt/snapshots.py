@@ -44,6 +44,11 @@ class Snapshot:
         self.size = size
         self._held = held
 
+    @property
+    def folder(self) -> Path:
+        """All that is there because of it."""
+        return self._held.path
+
     def discard(self) -> None:
         """Remove it."""
         self._held.remove()

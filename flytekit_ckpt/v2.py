@@ -322,7 +322,7 @@ class Checkpoint(BaseCheckpoint):
             snapshot = Snapshot.of_folder(content, exclude)
         else:
             snapshot = Snapshot.of_file(content)
-        return Frozen(snapshot.path, snapshot.size, snapshot.discard)
+        return Frozen(snapshot.path, snapshot.size, snapshot)
 
     def _save_in_turn(
         self, ticket: object, data: Savable, callback: Callback | None, cancelled: threading.Event
@@ -408,15 +408,16 @@ class AsyncCheckpoint(Checkpoint):
 
 def _save(checkpoint: Checkpoint, contents: Sequence[Savable], callback: Callback | None = None) -> Home | None:
     """Save one thing after the other; done in another process."""
-    for content in contents:
-        checkpoint._save_now(content, callback, threading.Event())
+    with layout.in_background():
+        for content in contents:
+            checkpoint._save_now(content, callback, threading.Event())
     return checkpoint._resumption.home
 
 
 def _on_disk(content: Savable) -> Frozen:
     if isinstance(content, bytes) and len(content) > SENT_SIZE:
         snapshot = Snapshot.of_chunks([content], len(content))
-        return Frozen(snapshot.path, snapshot.size, snapshot.discard)
+        return Frozen(snapshot.path, snapshot.size, snapshot)
     return Frozen(content, 0)
 
 

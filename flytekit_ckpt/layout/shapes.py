@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import logging
 import os
@@ -84,6 +85,9 @@ class Found:
     origin: Origin
 
 
+_in_background: contextvars.ContextVar[bool] = contextvars.ContextVar("flytekit_ckpt.in_background", default=False)
+
+
 @dataclass(frozen=True)
 class Event:
     """What the log record of a save or a restore carries as its `checkpoint` attribute.
@@ -101,6 +105,8 @@ class Event:
         The object, without credentials; blank if there was no checkpoint.
     origin : Origin
         Of a restore: which of the places that were looked at it was found in.
+    in_background : bool
+        Of a save: whether the caller did not wait for it.
     """
 
     operation: str
@@ -109,10 +115,22 @@ class Event:
     seconds: float
     uri: str
     origin: Origin = field(default_factory=lambda: Origin("", ()))
+    in_background: bool = field(default_factory=_in_background.get)
 
     def log(self) -> None:
         told = f", {self.size} bytes in {self.seconds:.3f} s: {self.uri}" if self.uri else ""
-        logger.info("%s %s%s%s", self.operation, self.shape, told, self.origin, extra={"checkpoint": self})
+        how = " in the background" if self.in_background else ""
+        logger.info("%s %s%s%s%s", self.operation, self.shape, how, told, self.origin, extra={"checkpoint": self})
+
+
+@contextlib.contextmanager
+def in_background() -> Iterator[None]:
+    """Have the events of saves say that the caller does not wait for them."""
+    token = _in_background.set(True)
+    try:
+        yield
+    finally:
+        _in_background.reset(token)
 
 
 def as_bytes(content: object) -> bytes:
