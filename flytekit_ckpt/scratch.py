@@ -29,11 +29,16 @@ class Held:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        _held.add(self._descriptor)
-        # Some file systems have no locks.
-        with contextlib.suppress(OSError):
+        self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        _held.add(self)
+        self._is_locked_by_others = False
+        try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._is_locked_by_others = True
+        except OSError:
+            # Some file systems have no locks.
+            pass
 
     @classmethod
     def made_inside(cls, folder: Path) -> Held:
@@ -41,8 +46,8 @@ class Held:
         remove_abandoned(folder)
         while True:
             held = cls(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder)))
-            # Unless somebody has taken it for one of a killed process before it was locked.
-            if held.path.is_dir():
+            # Unless somebody takes it for one of a killed process, or has done so, before it was locked.
+            if not held._is_locked_by_others and held.path.is_dir():
                 return held
             held.release()
 
@@ -61,20 +66,18 @@ class Held:
 
     def release(self) -> None:
         """Let go of the folder."""
-        # A fork has let go of it.
-        if self._descriptor in _held:
-            _held.remove(self._descriptor)
-            os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-_held: set[int] = set()
+_held: weakref.WeakSet[Held] = weakref.WeakSet()
 
 
 def _let_go() -> None:
     """Have a forked process not keep what its parent holds."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
+    for held in list(_held):
+        held.release()
 
 
 os.register_at_fork(after_in_child=_let_go)
