@@ -764,6 +764,24 @@ def test_a_program_ends_when_its_saves_are_safe(tmp_path: Path, end: str) -> Non
     assert SyncCheckpoint("", str(tmp_path / "new")).read() == b"2"
 
 
+def test_the_signal_in_the_middle_of_a_snapshot_waits_for_it(tmp_path: Path) -> None:
+    body = """
+    from flytekit_ckpt import snapshots
+    copy = snapshots._copy_file
+    def interrupted(*paths):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return copy(*paths)
+    snapshots._copy_file = interrupted
+    (root / "file").write_bytes(b"1")
+    AsyncCheckpoint(str(root / "cp")).save(root / "file")
+    print("never")
+    """
+    code, output = run(tmp_path, body)
+    assert (code, "never" in output) == (-signal.SIGTERM, False), output
+    assert stored(Place(""), str(tmp_path / "cp")) == {"file": b"1"}
+
+
 def test_after_sigterm_what_cannot_be_done_in_time_is_not_begun(tmp_path: Path) -> None:
     body = """
     cp = AsyncCheckpoint(str(root / "cp"), grace=1.5)
@@ -820,6 +838,30 @@ def test_after_sigterm_the_newest_is_saved_first(monkeypatch: pytest.MonkeyPatch
     assert [future.result() for future in (first, *waiting)] == [None] * 3
 
 
+def test_the_process_that_saves_does_not_outlive_the_program_in_the_middle_of_a_save(tmp_path: Path) -> None:
+    body = """
+    from flytekit_ckpt.processes import SavingProcess
+    process = SavingProcess("/tmp")
+    threading.Thread(target=process.call, args=(time.sleep, 120), daemon=True).start()
+    while process._process is None:
+        time.sleep(0.01)
+    # Until it has begun.
+    time.sleep(1)
+    print(process._process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+    code, output = run(tmp_path, body)
+    assert code == -signal.SIGKILL, output
+    wait_until_gone(int(output))
+
+
+def wait_until_gone(process: int) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and Path(f"/proc/{process}").exists():
+        time.sleep(0.05)
+    assert not Path(f"/proc/{process}").exists()
+
+
 def test_a_killed_program_leaves_a_whole_checkpoint_and_nobody_behind(tmp_path: Path) -> None:
     body = """
     DELAY = 0
@@ -838,10 +880,7 @@ def test_a_killed_program_leaves_a_whole_checkpoint_and_nobody_behind(tmp_path: 
     assert code == -signal.SIGKILL, output
     found = stored(Place(""), str(tmp_path / "cp"))
     assert found["one"] == found["two"] == b"5" * 400_000
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and Path(f"/proc/{output.split()[1]}").exists():
-        time.sleep(0.05)
-    assert not Path(f"/proc/{output.split()[1]}").exists()
+    wait_until_gone(int(output.split()[1]))
 
 
 # Iterators ------------------------------------------------------------------------------------------------------------
