@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +17,15 @@ from typing import Any
 
 REST = 1.0
 """Seconds of the loop that are measured before each save."""
+
+Content = Path | bytes
+"""What is saved: a folder, or bytes."""
+
+Begin = Callable[[], "Future[Any] | None"]
+"""Begins a save; gives its future, `None` if it has ended."""
+
+
+# The loops: each gives a function that does one step ------------------------------------------------------------------
 
 
 def python_step() -> Callable[[], None]:
@@ -45,146 +56,201 @@ def torch_step() -> Callable[[], None]:
 STEPS = {"Python": python_step, "PyTorch": torch_step}
 
 
-# Who saves: each gives a function that begins a save, and its future; `None` where it has ended when that returns.
-Begin = Callable[[], "Future[Any] | None"]
+# Who saves ------------------------------------------------------------------------------------------------------------
 
 
-def ours(uri: str, folder: Path, content: bytes | None, *, thread: bool = False, move: bool = False) -> Begin:
-    from flytekit_ckpt import AsyncCheckpoint, storage
+class Saver:
+    """Someone who saves the same again and again."""
 
-    if thread:
+    def __init__(self, uri: str, content: Content) -> None:
+        self.uri = uri
+        self.content = content
+
+    def prepare(self) -> None:
+        """Do what is to be done before each save, and is not measured."""
+
+    def begin(self) -> Future[Any] | None:
+        """Begin a save."""
+        raise NotImplementedError
+
+    def memory(self) -> int:
+        """Peak of the memory of this process and of those that save for it, in kB."""
+        return peak("self")
+
+
+def peak(process: str | int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+class Ours(Saver):
+    """AsyncCheckpoint: bytes are kept, a folder is copied."""
+
+    def __init__(self, uri: str, content: Content) -> None:
+        super().__init__(uri, content)
+        from flytekit_ckpt import AsyncCheckpoint
+
+        self.checkpoint = AsyncCheckpoint(uri)
+
+    def begin(self) -> Future[Any] | None:
+        if isinstance(self.content, bytes):
+            return self.checkpoint.write_async(self.content)
+        return self.checkpoint.save_async(self.content)
+
+    def memory(self) -> int:
+        process = self.checkpoint._saves._process
+        return super().memory() + (peak(process._process.pid) if process is not None else 0)
+
+
+class OursMoved(Ours):
+    """AsyncCheckpoint, which is given the folder."""
+
+    def prepare(self) -> None:
+        assert isinstance(self.content, Path)
+        self.given = Path(shutil.copytree(self.content, Path(os.environ["TMPDIR"], "given")))
+
+    def begin(self) -> Future[Any] | None:
+        return self.checkpoint.save_async(self.given, move=True)
+
+
+class OursInThread(Ours):
+    """AsyncCheckpoint without a process of its own."""
+
+    def __init__(self, uri: str, content: Content) -> None:
+        from flytekit_ckpt import storage
+
         storage.is_shared = lambda _: False
-    checkpoint = AsyncCheckpoint(uri)
-    if content is not None:
-        return lambda: checkpoint.write_async(content)
-    if not move:
-        return lambda: checkpoint.save_async(folder)
-
-    def give_away() -> Future[None]:
-        return checkpoint.save_async(given.pop(), move=True)
-
-    given: list[Path] = []
-    give_away.prepare = lambda: given.append(Path(shutil.copytree(folder, folder.with_name("given"))))  # type: ignore[attr-defined]
-    return give_away
+        super().__init__(uri, content)
 
 
-def sync(uri: str, folder: Path, content: bytes | None) -> Begin:
-    from flytekit_ckpt import SyncCheckpoint
+class Synchronous(Saver):
+    """SyncCheckpoint, which has the API of flytekit's."""
 
-    checkpoint = SyncCheckpoint(uri)
-    return lambda: checkpoint.save(folder) if content is None else checkpoint.write(content)
+    package = "flytekit_ckpt"
 
+    def __init__(self, uri: str, content: Content) -> None:
+        super().__init__(uri, content)
+        import importlib
 
-def flytekit(uri: str, folder: Path, content: bytes | None) -> Begin:
-    from flytekit.core.checkpointer import SyncCheckpoint
+        self.checkpoint = importlib.import_module(self.package).SyncCheckpoint(uri)
 
-    checkpoint = SyncCheckpoint(uri)
-    return lambda: checkpoint.save(folder) if content is None else checkpoint.write(content)
-
-
-def flyte(uri: str, folder: Path, content: bytes | None) -> Begin:
-    sys.path.insert(0, str(Path(__file__).parent))
-    import peers
-
-    peer = peers.Flyte()
-    write = peer.writer(uri)
-    return lambda: peer.save(uri, folder) if content is None else write(content)
+    def begin(self) -> None:
+        if isinstance(self.content, bytes):
+            self.checkpoint.write(self.content)
+        else:
+            self.checkpoint.save(self.content)
 
 
-def torch_dcp(uri: str, folder: Path, content: bytes | None) -> Begin:
-    """Save the same number of bytes as tensors, with PyTorch's distributed checkpoint."""
-    import torch
-    import torch.distributed.checkpoint as dcp
+class Flytekit(Synchronous):
+    """flytekit's SyncCheckpoint."""
 
-    total = (
-        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if content is None else len(content)
-    )
-    rows = max(total // (4 * 1024 * 8), 1)
-    state = {f"weight{number}": torch.randn(rows, 1024) for number in range(8)} if content is None else {}
-    state = state or {"weight": torch.zeros(total // 4)}
-    numbers = iter(range(10**6))
-    import os
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{uri.removeprefix('file://')}.store")
-    return lambda: dcp.async_save(state, checkpoint_id=f"{uri}-{next(numbers)}")  # type: ignore[return-value]
+    package = "flytekit.core.checkpointer"
 
 
-def cp(uri: str, folder: Path, content: bytes | None) -> Begin:
-    """Copy the folder, as `cp -r` does."""
-    import os
-    import subprocess
+class Flyte(Saver):
+    """flyte's Checkpoint."""
 
-    numbers = iter(range(10**6))
+    def __init__(self, uri: str, content: Content) -> None:
+        super().__init__(uri, content)
+        from flyte import Checkpoint
 
-    def copy() -> None:
-        target = f"{os.environ['TMPDIR']}/copied-{next(numbers)}"
-        subprocess.run(["cp", "-r", str(folder), target], check=True)
-        shutil.rmtree(target)
+        self.checkpoint = Checkpoint(uri)
 
-    return copy
+    def begin(self) -> None:
+        self.checkpoint.save_sync(self.content)
 
 
-SAVERS: dict[str, Callable[..., Begin]] = {
-    "ours": ours,
-    "ours, move=True": lambda *given: ours(*given, move=True),
-    "ours, in a thread": lambda *given: ours(*given, thread=True),
-    "ours, synchronous": sync,
-    "flytekit": flytekit,
-    "flyte": flyte,
-    "PyTorch async_save": torch_dcp,
-    "cp -r": cp,
+class PyTorch(Saver):
+    """PyTorch's distributed checkpoint, of tensors of as many bytes: it snapshots them in memory."""
+
+    def __init__(self, uri: str, content: Content) -> None:
+        super().__init__(uri, content)
+        import torch
+        import torch.distributed.checkpoint as dcp
+
+        if isinstance(content, bytes):
+            self.state = {"weight": torch.randn(len(content) // 4)}
+        else:
+            total = sum(file.stat().st_size for file in content.rglob("*") if file.is_file())
+            self.state = {f"weight{number}": torch.randn(total // 32) for number in range(8)}
+        Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        torch.distributed.init_process_group("gloo", f"file://{uri}.store", rank=0, world_size=1)
+        self._save = dcp.async_save
+        self._number = 0
+
+    def begin(self) -> Future[Any] | None:
+        self._number += 1
+        begun: Future[Any] = self._save(self.state, checkpoint_id=f"{self.uri}-{self._number}")
+        return begun
+
+
+class Copy(Saver):
+    """`cp -r`, for scale: what a snapshot would take that way."""
+
+    def prepare(self) -> None:
+        shutil.rmtree(Path(os.environ["TMPDIR"], "copied"), ignore_errors=True)
+
+    def begin(self) -> None:
+        subprocess.run(["cp", "-r", str(self.content), f"{os.environ['TMPDIR']}/copied"], check=True)
+
+
+SAVERS: dict[str, type[Saver]] = {
+    "AsyncCheckpoint": Ours,
+    "AsyncCheckpoint, move=True": OursMoved,
+    "AsyncCheckpoint, in a thread": OursInThread,
+    "SyncCheckpoint": Synchronous,
+    "flytekit": Flytekit,
+    "flyte": Flyte,
+    "PyTorch async_save": PyTorch,
+    "cp -r": Copy,
 }
 
 
-def measured(step: Callable[[], None], begin: Begin, rounds: int) -> dict[str, float]:
-    """Run the loop; give medians of seconds."""
-    rates_before, rates_during, held, safe = [], [], [], []
-    prepare = getattr(begin, "prepare", lambda: None)
+def measured(step: Callable[[], None], saver: Saver, rounds: int) -> dict[str, list[float]]:
+    """Run the loop; give of each save the seconds that it held the loop, those until it was safe, and the slow-down."""
+    found: dict[str, list[float]] = {"held": [], "safe": [], "slower": []}
     for number in range(rounds + 1):
-        prepare()
-        before = rate(step, lambda end=time.perf_counter() + REST: time.perf_counter() < end)
+        saver.prepare()
+        end = time.perf_counter() + REST
+        before = rate(step, lambda end=end: time.perf_counter() < end)
         started = time.perf_counter()
-        future = begin()
-        returned = time.perf_counter()
-        during = 0.0
-        ended = threading.Event()
-        moments: list[float] = []
+        future = saver.begin()
+        held = safe = time.perf_counter() - started
+        during = before
         if future is not None:
-            future.add_done_callback(
-                lambda _, moments=moments, ended=ended: (moments.append(time.perf_counter()), ended.set())
-            )
+            ended = threading.Event()
+            moments: list[float] = []
+            future.add_done_callback(lambda _, moments=moments: moments.append(time.perf_counter()))
+            future.add_done_callback(lambda _, ended=ended: ended.set())
             during = rate(step, lambda ended=ended: not ended.is_set())
             future.result()
+            safe = moments[0] - started
         if number:  # the first one warms up
-            rates_before.append(before)
-            rates_during.append(during)
-            held.append(returned - started)
-            safe.append((moments[0] if moments else returned) - started)
-    median = statistics.median
-    slower = [1 - during / before for before, during in zip(rates_before, rates_during, strict=True) if during]
-    return {
-        "held": median(held),
-        "safe": median(safe),
-        "slower": median(slower) if slower else 0.0,
-    }
+            for name, value in (("held", held), ("safe", safe), ("slower", 1 - during / before)):
+                found[name].append(value)
+    return found
 
 
 def rate(step: Callable[[], None], goes_on: Callable[[], bool]) -> float:
-    """Do steps; give how many are done in a second."""
+    """Do steps, at least one; give how many are done in a second."""
     started = time.perf_counter()
     count = 0
-    while goes_on():
+    while not count or goes_on():
         step()
         count += 1
     return count / (time.perf_counter() - started)
 
 
-def main(loop: str, saver: str, uri: str, folder: str, size: str, rounds: str) -> None:
-    content = bytes(range(256)) * (int(size) // 256) if int(size) else None
+def main(loop: str, name: str, uri: str, content: str, rounds: str) -> None:
+    # Bytes are told by their number.
+    given: Content = os.urandom(int(content)) if content.isdigit() else Path(content)
     step = STEPS[loop]()
-    begin = SAVERS[saver](uri, Path(folder), content)
-    print(json.dumps(measured(step, begin, int(rounds))))
+    saver = SAVERS[name](uri, given)
+    medians = {name: statistics.median(values) for name, values in measured(step, saver, int(rounds)).items()}
+    print(json.dumps({**medians, "memory": saver.memory()}))
+    # What a saver leaves running is not waited for.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
