@@ -72,7 +72,8 @@ def finish(known: list[attempts.Attempt]) -> Exception | None:
 
 def recoverable(error: BaseException) -> Exception:
     """Make the error that a platform answers with another attempt."""
-    return recoverable_type()(f"a checkpoint was not saved in the background: {error}")
+    message = f"a checkpoint was not saved in the background: {error}"
+    return recoverable_type()(message)
 
 
 def recoverable_type() -> type[Exception]:
