@@ -1,4 +1,4 @@
-"""Saves and restores an iterator with the checkpoints of the module that is named; prints seconds for each, as JSON.
+"""Saves and restores an iterator with the checkpoints of the module that is named; prints seconds of each, as JSON.
 
 python benchmarks/iterator_worker.py MODULE FOLDER COUNT
 """
@@ -30,8 +30,9 @@ class Data:
 
 
 def main(module: str, folder: str, count: str) -> None:
-    checkpoint = importlib.import_module(module).IteratorCheckpoint(folder)
-    saves, restores = [], []
+    kind = importlib.import_module(module).IteratorCheckpoint
+    checkpoint, background = kind(f"{folder}/waiting"), kind(f"{folder}/background", async_checkpointing=True)
+    saves, restores, held = [], [], []
     # The first ones import what they need.
     for step in range(-3, int(count)):
         started = time.perf_counter()
@@ -41,10 +42,15 @@ def main(module: str, folder: str, count: str) -> None:
         restored = time.perf_counter()
         if data.state["position"] != step:
             raise AssertionError(data.state)
+        begun = time.perf_counter()
+        background.save_to_directory(Data(step), step=step + 3, keep=3)
+        returned = time.perf_counter()
+        background.wait_until_finished()
         if step >= 0:
+            held.append(returned - begun)
             saves.append(saved - started)
             restores.append(restored - saved)
-    print(json.dumps({"save": saves, "restore": restores}))
+    print(json.dumps({"save": saves, "restore": restores, "save in the background": held}))
 
 
 if __name__ == "__main__":

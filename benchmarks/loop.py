@@ -3,8 +3,8 @@
     python benchmarks/loop.py
 
 Needs the extras `test` and `benchmark`, and PyTorch. They save in turn, each in a process of its own that runs a
-loop of pure Python or of PyTorch on one thread. `safe` is the time until the save is stored. The S3 server runs on the same
-cores. With `--one-core`, everything but the server runs on one.
+loop of pure Python or of PyTorch on one thread. `safe` is the time until the save is stored. The S3 server runs on the
+same cores. With `--one-core`, everything but the server runs on one.
 """
 
 from __future__ import annotations

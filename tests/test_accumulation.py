@@ -454,8 +454,12 @@ ELASTIC = """
 
 
 @pytest.mark.heavy
-def test_every_rank_of_an_elastic_task_adds_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+def test_every_rank_of_an_elastic_task_adds_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: str
+) -> None:
     pytest.importorskip("flytekit")
+    monkeypatch.setenv("FLYTEKIT_CKPT_ASYNCHRONOUS", asynchronous)
     file = tmp_path / "elastic_ranks.py"
     file.write_text(textwrap.dedent(ELASTIC))
     run = Flyte1(file, "work", {}, str(tmp_path / "checkpoints"), tmp_path)

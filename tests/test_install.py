@@ -730,11 +730,13 @@ ELASTIC = {
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
 @pytest.mark.parametrize(("package", "platform"), [("flytekit", Flyte1), ("flyte", Flyte2)])
 def test_the_workers_of_an_elastic_task_are_installed_in_too(
-    package: str, platform: type[Platform], tmp_path: Path
+    package: str, platform: type[Platform], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: str
 ) -> None:
     pytest.importorskip(package)
+    monkeypatch.setenv("FLYTEKIT_CKPT_ASYNCHRONOUS", asynchronous)
     file = tmp_path / "elastic_task.py"
     file.write_text(textwrap.dedent(ELASTIC[package]))
     run = platform(file, "work", {}, str(tmp_path / "checkpoints"), tmp_path)

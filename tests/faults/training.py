@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import click
+import torch
 
 from flytekit_ckpt import current_checkpoint, runner
 from flytekit_ckpt.options import InstallOptions
@@ -21,11 +22,12 @@ from tests.conftest import Place
 
 EPOCHS = 1500
 
+# The first optimizer of a process imports a great part of PyTorch, which is not to be what is killed.
+torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1).zero_grad()
+
 
 def train_bytes(epochs: int) -> list[float]:
     """Train, and keep the state as bytes."""
-    import torch
-
     training = _Training()
     cp = current_checkpoint()
     if (saved := cp.read()) is not None:
@@ -40,8 +42,6 @@ def train_bytes(epochs: int) -> list[float]:
 
 def train_folder(epochs: int) -> list[float]:
     """Train, and keep each thing in a file of its own."""
-    import torch
-
     training = _Training()
     folder = Path(tempfile.mkdtemp())
     cp = current_checkpoint()
@@ -57,19 +57,14 @@ def train_folder(epochs: int) -> list[float]:
 
 class _Training:
     def __init__(self) -> None:
-        import torch
-
         torch.manual_seed(0)
         torch.set_num_threads(1)
         self._inputs = torch.randn(256, 8)
         self._model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Dropout(0.1), torch.nn.Linear(64, 1))
-        # Not Adam, which takes seconds to import.
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=0.01, momentum=0.9)
         self.epoch = 0
 
     def step(self) -> None:
-        import torch
-
         self._optimizer.zero_grad()
         targets = self._inputs.sum(dim=1, keepdim=True)
         torch.nn.functional.mse_loss(self._model(self._inputs), targets).backward()
@@ -77,8 +72,6 @@ class _Training:
         self.epoch += 1
 
     def state(self) -> dict[str, object]:
-        import torch
-
         return {
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -87,8 +80,6 @@ class _Training:
         }
 
     def load(self, state: dict[str, object]) -> None:
-        import torch
-
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["generator"])
