@@ -8,19 +8,23 @@ one. One keeps its state as bytes, the other in a folder, whose files it writes 
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import click
 import torch
 
-from flytekit_ckpt import current_checkpoint, runner
-from flytekit_ckpt.options import InstallOptions
+from flytekit_ckpt import attempts, current_checkpoint, install
+from flytekit_ckpt.running import Running
 from tests.conftest import Place
+from tests.faults.processes import started
 
-EPOCHS = 1500
+EPOCHS = 400
 
 # The first optimizer of a process imports a great part of PyTorch, which is not to be what is killed.
 torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1).zero_grad()
@@ -93,28 +97,43 @@ def interrupted(place: Place, kills: int, seed: int) -> tuple[int, int, int]:
     """Train until it has been killed so often; give the kills, the trainings, and those with the right weights."""
     chosen = random.Random(seed)
     # An attempt that is never given the time to save once comes to no end.
-    least = 0.4 if place.is_local else 1.5
+    least = 0.3 if place.is_local else 1.2
     killed, trained, right = 0, 0, 0
-    expected: dict[str, list[float]] = {}
     while killed < kills:
-        function = ("train_bytes", "train_folder")[trained % 2]
-        target = f"{__file__}:{function}"
-        if function not in expected:
-            expected[function] = runner.run(target, {"epochs": str(EPOCHS)}, report=lambda _: None)
-        lines: list[str] = []
-        weights = runner.run(
-            target,
-            {"epochs": str(EPOCHS)},
-            root=place.uri(),
-            retries=200,
-            preempt_after=chosen.uniform(least, least + 1.0),
-            options=InstallOptions(asynchronous=True),
-            report=lines.append,
-        )
+        train = (train_bytes, train_folder)[trained % 2]
+        root, attempt, weights = place.uri(), 0, None
+        while weights is None:
+            source = f"{root}/{attempt - 1}" if attempt else None
+            with started(place, _live, train, f"{root}/{attempt}", source) as worker:
+                assert worker.result() == "begun"
+                if worker.reports.poll(chosen.uniform(least, least + 1.0)):
+                    weights = worker.result()
+                else:
+                    worker.kill()
+                    killed += 1
+            attempt += 1
         trained += 1
-        right += weights == expected[function]
-        killed += sum("killed by SIGKILL" in line for line in lines)
+        right += weights == _uninterrupted(train)
     return killed, trained, right
+
+
+def _live(reports: Connection, train: Callable[[int], list[float]], destination: str, source: str | None) -> None:
+    """Train as an attempt of a task that knows nothing of this."""
+    install(asynchronous=True)
+    attempts.set_runner_checkpoint(Running(destination, source))
+    reports.send("begun")
+    weights = train(EPOCHS)
+    for attempt in attempts.running_attempts():
+        assert not list(attempt.finish())
+    reports.send(weights)
+
+
+@functools.cache
+def _uninterrupted(train: Callable[[int], list[float]]) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder, started(Place(folder), _live, train, f"{folder}/0", None) as worker:
+        assert worker.result() == "begun"
+        weights: list[float] = worker.result()
+        return weights
 
 
 @click.command(help=__doc__)

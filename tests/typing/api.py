@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,20 @@ def errors() -> None:
     else:
         raise flytekit_ckpt.FlyteRecoverableException("try again", io.DEFAULT_BUFFER_SIZE)
     print(value, system, unavailable)
+
+
+def in_background(folder: Path) -> None:
+    with flytekit_ckpt.AsyncCheckpoint("s3://bucket/a", when_busy="wait", grace=10.0) as legacy:
+        legacy.save(folder, move=True)
+        future: Future[None] = legacy.save_async(str(folder))
+        legacy.write_async(b"1").result()
+        legacy.wait_until_finished()
+        base: flytekit_ckpt.SyncCheckpoint = legacy
+    new = v2.AsyncCheckpoint("s3://bucket/b", grace=5.0)
+    new.save_sync(folder, move=True)
+    both: list[Future[None]] = [future, new.save_async(b"1"), v2.Checkpoint("b").save_async(folder)]
+    flytekit_ckpt.install(asynchronous=True, when_busy="latest")
+    print(base, both)
 
 
 class Data:
