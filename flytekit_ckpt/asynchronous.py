@@ -184,8 +184,8 @@ class AsynchronousSaves:
                 one.turn.wait()
         with self._resumption.carry_forward.paused():
             self._learn(self._called([one.frozen.content for one in promised], callback))
-        if self._process is not None:
-            snapshots = [one.frozen.snapshot.folder for one in promised if one.frozen.snapshot is not None]
+        snapshots = [one.frozen.snapshot.folder for one in promised if one.frozen.snapshot is not None]
+        if self._process is not None and snapshots:
             # Here, each of a thousand files would cost the time that another thread keeps the interpreter's lock.
             with contextlib.suppress(ProcessUnavailableError):
                 self._process.call(_remove, snapshots)

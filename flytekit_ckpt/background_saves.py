@@ -83,7 +83,7 @@ class BackgroundSaves:
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "flytekit_ckpt-save")
+        self._thread = _new_thread()
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
         self._under_way: Sequence[Job] = ()
@@ -148,8 +148,8 @@ class BackgroundSaves:
         """Finish, and end the thread; raise what failed."""
         self._renew()
         self._thread.shutdown()
+        self._thread = _new_thread()
         self.check()
-        self._begin()
 
     def _drain(self) -> None:
         while jobs := self._take():
@@ -195,18 +195,19 @@ class BackgroundSaves:
         return seconds * max(1.0, size / max(last, LARGE))
 
     def _end(self, jobs: Sequence[Job], error: BaseException | None) -> None:
-        with self._changed:
-            self._under_way = ()
-            for job in jobs:
-                # A later save of the same heals it.
-                self._failures.pop(job.name, None)
-            self._changed.notify_all()
         for job in jobs:
             if error is None:
+                with self._changed:
+                    # A later save of the same heals it.
+                    self._failures.pop(job.name, None)
                 job.discard()
                 job.future.set_result(None)
             else:
                 self.fail(job, error)
+        # Whoever waits finds all of that done.
+        with self._changed:
+            self._under_way = ()
+            self._changed.notify_all()
 
     def fail(self, job: Job, error: BaseException) -> None:
         """Give up a job."""
@@ -214,6 +215,10 @@ class BackgroundSaves:
             self._failures[job.name] = job.future, error
         job.discard()
         job.future.set_exception(error)
+
+
+def _new_thread() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(1, "flytekit_ckpt-save")
 
 
 # By which the end of an attempt tells them from the task's own.

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 class Snapshots(RuleBasedStateMachine):
     """What is saved is what the files were at the call, whatever becomes of them at once after it.
 
-    The oracle is a checkpoint of the same kind that is saved while the caller waits.
+    The oracle is a checkpoint that waits for its saves, and is given those that no later one has taken the place of.
     """
 
     place: Place
@@ -109,11 +109,12 @@ class Snapshots(RuleBasedStateMachine):
     def begin(self, when_busy: str) -> None:
         self.root = Path(self.folder, os.urandom(8).hex())
         self.root.mkdir()
+        self.when_busy = when_busy
         self.uri, self.expected_uri = self.place.uri(), f"{self.root}/expected"
         self.checkpoint = made(self.place, self.kind, self.uri, when_busy=when_busy)
-        base = SyncCheckpoint if self.kind is AsyncCheckpoint else v2.Checkpoint
-        self.expected = base(self.expected_uri)
-        self.count = 0
+        self.expected = (SyncCheckpoint if self.kind is AsyncCheckpoint else v2.Checkpoint)(self.expected_uri)
+        # What was saved since the last look: its part, what makes it again and gives what to save, and its future.
+        self.saves: list[tuple[str, Callable[[], Any], Any]] = []
 
     def teardown(self) -> None:
         if hasattr(self, "checkpoint"):
@@ -124,58 +125,56 @@ class Snapshots(RuleBasedStateMachine):
 
     @rule(contents=contents, name=st.sampled_from(["one", "two"]), move=st.booleans(), large=st.booleans())
     def save_folder(self, contents: dict[str, bytes], name: str, move: bool, large: bool) -> None:
-        folder = self.root / name
-        shutil.rmtree(folder, ignore_errors=True)
-        for file, content in contents.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(content + bytes(300_000 if large else 0))
-        folder.mkdir(exist_ok=True)
-        self.both(folder, move=move)
-        self.spoil(folder)
+        def make() -> Path:
+            folder = self.root / name
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for file, content in contents.items():
+                (folder / file).parent.mkdir(exist_ok=True)
+                (folder / file).write_bytes(content + bytes(300_000 if large else 0))
+            return folder
+
+        self.save_path(make, name, move)
 
     @rule(content=st.binary(max_size=300), name=st.sampled_from(["a", "f"]), move=st.booleans())
     def save_file(self, content: bytes, name: str, move: bool) -> None:
-        file = self.root / name
-        file.write_bytes(content)
-        self.both(file, move=move)
-        self.spoil(file)
+        def make() -> Path:
+            (self.root / name).write_bytes(content)
+            return self.root / name
+
+        self.save_path(make, name, move)
+
+    def save_path(self, make: Callable[[], Path], name: str, move: bool) -> None:
+        path = make()
+        self.saves.append((name, make, self.checkpoint.save_async(path, move=move)))
+        assert path.exists() is not move
+        self.spoil(path)
 
     @rule(content=st.binary(max_size=300))
     def save_bytes(self, content: bytes) -> None:
         changing = bytearray(content)
-        if self.kind is AsyncCheckpoint:
-            self.expected.write(content)
-            self.checkpoint.write(changing)
-        else:
-            self.expected.save_sync(content)
-            self.checkpoint.save_sync(changing)
+        future = (
+            self.checkpoint.write_async(changing)
+            if self.kind is AsyncCheckpoint
+            else self.checkpoint.save_async(changing)
+        )
         changing[:] = b"spoilt"
+        self.saves.append(("_dst_cp", lambda: content, future))
 
     @rule(content=st.binary(max_size=300), large=st.booleans())
     def save_reader(self, content: bytes, large: bool) -> None:
         if self.kind is not AsyncCheckpoint:
             return
+        content += bytes(2 << 20 if large else 0)
         file = self.root / "stream"
-        file.write_bytes(content + bytes(2 << 20 if large else 0))
+        file.write_bytes(content)
         with file.open("rb") as reader:
-            self.expected.save(reader)
-        with file.open("rb") as reader:
-            self.checkpoint.save(reader)
+            self.saves.append(("_dst_cp", lambda: content, self.checkpoint.save_async(reader)))
         self.spoil(file)
 
     @rule()
     def wait(self) -> None:
         self.check_end()
-
-    def both(self, path: Path, *, move: bool) -> None:
-        if self.kind is AsyncCheckpoint:
-            self.expected.save(path)
-            self.checkpoint.save(path, move=move)
-        else:
-            self.expected.save_sync(path)
-            self.checkpoint.save_sync(path, move=move)
-        assert path.exists() is not move
-        self.count += 1
 
     def spoil(self, path: Path) -> None:
         """Change, truncate and delete everything."""
@@ -192,6 +191,23 @@ class Snapshots(RuleBasedStateMachine):
 
     def check_end(self) -> None:
         self.checkpoint.wait_until_finished()
+        for number, (name, make, future) in enumerate(self.saves):
+            error = future.exception(60)
+            if error is not None:
+                # Only another save of the same takes its place.
+                assert isinstance(error, SaveReplacedError)
+                assert self.when_busy == "latest"
+                later = [other for other, _, _ in self.saves[number + 1 :]]
+                assert later if self.kind is v2.AsyncCheckpoint else name in later
+                continue
+            data = make()
+            if self.kind is not AsyncCheckpoint:
+                self.expected.save_sync(data)
+            elif isinstance(data, bytes):
+                self.expected.write(data)
+            else:
+                self.expected.save(data)
+        self.saves.clear()
         assert stored(self.place, self.uri) == stored(Place(""), self.expected_uri)
 
     @invariant()

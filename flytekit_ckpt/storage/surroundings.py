@@ -10,6 +10,14 @@ from typing import Any
 from flytekit_ckpt import credentials
 
 
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        # It has been removed.
+        return None
+
+
 def _fsspec_configuration() -> dict[str, Any]:
     # Without fsspec, nobody has changed it.
     config: Any = sys.modules.get("fsspec.config")
@@ -20,14 +28,15 @@ def _fsspec_configuration() -> dict[str, Any]:
 class Surroundings:
     """What decides where a URI leads and who may go there, as it is when this is made."""
 
-    folder: str = field(default_factory=os.getcwd)
+    folder: str | None = field(default_factory=_working_folder)
     variables: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     configured: credentials.Configured = field(default_factory=credentials.configured)
     fsspec: dict[str, Any] = field(default_factory=_fsspec_configuration)
 
     def enter(self) -> None:
         """Make them this process's own."""
-        os.chdir(self.folder)
+        if self.folder is not None:
+            os.chdir(self.folder)
         if dict(os.environ) != self.variables:
             os.environ.clear()
             os.environ.update(self.variables)
