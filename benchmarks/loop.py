@@ -3,8 +3,8 @@
     python benchmarks/loop.py
 
 Needs the extras `test` and `benchmark`, and PyTorch. They save in turn, each in a process of its own that runs a
-loop of pure Python or of PyTorch on one thread. `safe` is the time until the save is stored. The S3 server runs on the
-same cores. With `--one-core`, everything but the server runs on one.
+loop: of pure Python, of PyTorch on one thread, or one that waits, as for a GPU. `safe` is the time until the save is
+stored. The S3 server runs on the same cores. With `--one-core`, everything but the server runs on one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FOLDER_ONLY = {"AsyncCheckpoint, move=True", "cp -r"}
 @click.command(help=__doc__)
 @click.option("--rounds", default=3, show_default=True, help="Processes of each.")
 @click.option("--saves", default=3, show_default=True, help="Saves in each process.")
-@click.option("--loops", default="Python,PyTorch", show_default=True)
+@click.option("--loops", default="Python,PyTorch,waiting", show_default=True)
 @click.option("--only", default=",".join(["local", "S3"]), show_default=True, help="Where to.")
 @click.option("--savers", default=";".join(EVERYONE), show_default=False, help="Who, separated by semicolons.")
 @click.option("--scale", default=1.0, show_default=True, help="Fraction of the data, to try things out.")

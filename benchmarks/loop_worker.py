@@ -53,7 +53,12 @@ def torch_step() -> Callable[[], None]:
     return step
 
 
-STEPS = {"Python": python_step, "PyTorch": torch_step}
+def waiting_step() -> Callable[[], None]:
+    """Leave the cores to others, as a loop does whose work is done by a GPU."""
+    return lambda: time.sleep(0.002)
+
+
+STEPS = {"Python": python_step, "PyTorch": torch_step, "waiting": waiting_step}
 
 
 # Who saves ------------------------------------------------------------------------------------------------------------
