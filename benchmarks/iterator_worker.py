@@ -45,7 +45,7 @@ def main(module: str, folder: str, count: str) -> None:
         begun = time.perf_counter()
         background.save_to_directory(Data(step), step=step + 3, keep=3)
         returned = time.perf_counter()
-        background.wait_until_finished()
+        background.handler.wait_until_finished()
         if step >= 0:
             held.append(returned - begun)
             saves.append(saved - started)
