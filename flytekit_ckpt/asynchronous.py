@@ -194,11 +194,12 @@ class AsynchronousSaves:
         if self._process is not None:
             with contextlib.ExitStack() as stack:
                 try:
-                    sent = [self._on_disk(content) for content in contents]
-                    for frozen in sent:
+                    sent = []
+                    for content in contents:
+                        frozen = self._on_disk(content)
                         stack.callback(frozen.discard)
-                    contents_there = [frozen.content for frozen in sent]
-                    return self._process.call(self._call, self._state(), contents_there, callback=callback)
+                        sent.append(frozen.content)
+                    return self._process.call(self._call, self._state(), sent, callback=callback)
                 except NoRoomError:
                     # Then it stays in memory, once.
                     pass
@@ -211,10 +212,6 @@ class AsynchronousSaves:
     def wait(self) -> None:
         """Wait until all saves are done, and raise what failed."""
         self._saves.wait()
-
-    def finish(self) -> None:
-        """Wait until all saves are done; what failed stays to be raised."""
-        self._saves.finish()
 
     def close(self) -> None:
         """Finish, and end the process; raise what failed."""

@@ -53,7 +53,7 @@ class Job:
     size : int
         Bytes of it.
     discard : callable
-        Removes what was kept for it; called once, when it has been saved, or will never be.
+        Removes what was kept for it, when it has been saved or will never be; once more, it does nothing.
     future : SaveFuture
         What becomes of it.
     """
@@ -178,12 +178,14 @@ class BackgroundSaves:
                 jobs = [job for job in reversed(self._waiting) if self._estimate(job.size) < left][:1]
                 hopeless = [] if jobs else self._waiting
             self._waiting = [job for job in self._waiting if job not in (*jobs, *hopeless)]
-            self._under_way = jobs
+            self._under_way = jobs or hopeless
             self._changed.notify_all()
         for job in hopeless:
             message = f"a save of {job.size} bytes was not begun: the process was told to end, and has too little time"
             logger.error(message)
             self.fail(job, SaveNotBegunError(message))
+        if hopeless:
+            self._let_go()
         return jobs
 
     def _estimate(self, size: int) -> float:
@@ -204,7 +206,10 @@ class BackgroundSaves:
                 job.future.set_result(None)
             else:
                 self.fail(job, error)
-        # Whoever waits finds all of that done.
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Let those go on who wait; they find all that belongs to the jobs done."""
         with self._changed:
             self._under_way = ()
             self._changed.notify_all()

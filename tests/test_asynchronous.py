@@ -854,6 +854,29 @@ def test_after_sigterm_the_newest_is_saved_first(monkeypatch: pytest.MonkeyPatch
     assert [future.result() for future in (first, *waiting)] == [None] * 3
 
 
+@pytest.mark.parametrize("is_told_to_end", [False, True])
+def test_who_waits_is_given_the_error_however_late_it_is_noted(
+    monkeypatch: pytest.MonkeyPatch, is_told_to_end: bool
+) -> None:
+    def broken(_: Any) -> None:
+        raise StorageError("broken")
+
+    saves = background_saves.BackgroundSaves(broken, are_joint=True)
+    noted = saves.fail
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.3)
+        noted(*arguments)
+
+    monkeypatch.setattr(saves, "fail", late)
+    if is_told_to_end:
+        saves._pace = (1, 5.0)
+        monkeypatch.setattr(termination, "deadline", lambda: time.monotonic() + 1)
+    saves.submit(background_saves.Job("name", None))
+    with pytest.raises(SaveNotBegunError if is_told_to_end else StorageError):
+        saves.wait()
+
+
 def test_the_process_that_saves_does_not_outlive_the_program_in_the_middle_of_a_save(tmp_path: Path) -> None:
     body = """
     from flytekit_ckpt.processes import SavingProcess
