@@ -79,11 +79,19 @@ class _Failure:
         self.trace = trace
 
 
+_preloaded: list[str] = []
+
+
+def preload(module: str) -> None:
+    """Have a module imported before all processes, which must be asked for before the first of them."""
+    _preloaded.append(module)
+
+
 @functools.cache
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # What it imports has neither threads nor connections yet: neither would survive a fork.
-    context.set_forkserver_preload(["__main__", "tests.faults.preloaded"])
+    context.set_forkserver_preload(["__main__", "tests.faults.preloaded", *_preloaded])
     return context
 
 

@@ -1,28 +1,17 @@
-"""Trainings that save in the background and are killed at random moments.
-
-    python -m tests.faults.training --kills 200
-
-Needs PyTorch. Each training is tried again until it comes to its end, and must end with the weights of an uninterrupted
-one. One keeps its state as bytes, the other in a folder, whose files it writes anew while their last save goes on.
-"""
+"""Trainings that save in the background, as attempts of a task that knows nothing of this. Needs PyTorch."""
 
 from __future__ import annotations
 
-import functools
 import io
-import random
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import click
 import torch
 
 from flytekit_ckpt import attempts, current_checkpoint, install
 from flytekit_ckpt.running import Running
-from tests.conftest import Place
-from tests.faults.processes import started
 
 EPOCHS = 400
 
@@ -93,31 +82,7 @@ class _Training:
         return [value for parameter in self._model.parameters() for value in parameter.flatten().tolist()]
 
 
-def interrupted(place: Place, kills: int, seed: int) -> tuple[int, int, int]:
-    """Train until it has been killed so often; give the kills, the trainings, and those with the right weights."""
-    chosen = random.Random(seed)
-    # An attempt that is never given the time to save once comes to no end.
-    least = 0.3 if place.is_local else 1.2
-    killed, trained, right = 0, 0, 0
-    while killed < kills:
-        train = (train_bytes, train_folder)[trained % 2]
-        root, attempt, weights = place.uri(), 0, None
-        while weights is None:
-            source = f"{root}/{attempt - 1}" if attempt else None
-            with started(place, _live, train, f"{root}/{attempt}", source) as worker:
-                assert worker.result() == "begun"
-                if worker.reports.poll(chosen.uniform(least, least + 1.0)):
-                    weights = worker.result()
-                else:
-                    worker.kill()
-                    killed += 1
-            attempt += 1
-        trained += 1
-        right += weights == _uninterrupted(train)
-    return killed, trained, right
-
-
-def _live(reports: Connection, train: Callable[[int], list[float]], destination: str, source: str | None) -> None:
+def live(reports: Connection, train: Callable[[int], list[float]], destination: str, source: str | None) -> None:
     """Train as an attempt of a task that knows nothing of this."""
     install(asynchronous=True)
     attempts.set_runner_checkpoint(Running(destination, source))
@@ -126,27 +91,3 @@ def _live(reports: Connection, train: Callable[[int], list[float]], destination:
     for attempt in attempts.running_attempts():
         assert not list(attempt.finish())
     reports.send(weights)
-
-
-@functools.cache
-def _uninterrupted(train: Callable[[int], list[float]]) -> list[float]:
-    with tempfile.TemporaryDirectory() as folder, started(Place(folder), _live, train, f"{folder}/0", None) as worker:
-        assert worker.result() == "begun"
-        weights: list[float] = worker.result()
-        return weights
-
-
-@click.command(help=__doc__)
-@click.option("--kills", default=200, show_default=True, help="Kills on each storage.")
-def main(kills: int) -> None:
-    from tests.faults.__main__ import places
-
-    click.echo("| Storage | Kills | Trainings | With the weights of an uninterrupted one |\n|---|---|---|---|")
-    with places() as everywhere:
-        for name, place in everywhere.items():
-            killed, trained, right = interrupted(place, kills, 1)
-            click.echo(f"| {name} | {killed} | {trained} | {right} of {trained} |")
-
-
-if __name__ == "__main__":
-    main()
