@@ -60,6 +60,16 @@ class Entry:
         return self.info.pax_headers.get(PART_KEY, "")
 
     @property
+    def mtime_ns(self) -> int:
+        """Modification time, in nanoseconds since 1970; 0 for one that makes no sense."""
+        try:
+            seconds = Decimal(str(self.info.pax_headers.get("mtime", self.info.mtime)))
+        except (ArithmeticError, ValueError):
+            return 0
+        # Also of what is not a number at all this is false. As an integer it might have a million digits.
+        return int(seconds * 10**9) if seconds.is_finite() and abs(seconds) < 1 << 32 else 0
+
+    @property
     def is_payload(self) -> bool:
         return PAYLOAD_KEY in self.info.pax_headers
 

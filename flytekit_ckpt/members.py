@@ -91,6 +91,53 @@ def _stored(data: memoryview) -> list[bytes | memoryview]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+# RFC 1952: as above, but the field has an id of its own, and any length.
+_NOTE_HEADER = struct.Struct("<4sIBBH2sH")
+_NOTE_MARK = b"FI"
+# Of no content: deflate's empty block, its CRC-32 and its length.
+_NOTE_BODY = b"\x03\x00" + bytes(8)
+
+NOTE_SIZE = 0xFFFF - 4
+"""Bytes that a member's extra field takes, beside its own header."""
+
+
+def note(content: bytes) -> bytes:
+    """Make a member that holds nothing but, where other readers do not look, up to `NOTE_SIZE` bytes."""
+    header = _NOTE_HEADER.pack(GZIP_MAGIC + b"\x08\x04", 0, 0, 255, 4 + len(content), _NOTE_MARK, len(content))
+    return header + content + _NOTE_BODY
+
+
+def note_size(length: int) -> int:
+    """Give the bytes of a member that is a note of a length."""
+    return _NOTE_HEADER.size + length + len(_NOTE_BODY)
+
+
+def noted(start: bytes) -> bytes | None:
+    """Give what a member that `start` begins with was made to hold; `None` if it is no note."""
+    if len(start) < _NOTE_HEADER.size:
+        return None
+    *_, length = _NOTE_HEADER.unpack_from(start)
+    content = start[_NOTE_HEADER.size : _NOTE_HEADER.size + length]
+    return content if length <= NOTE_SIZE and start.startswith(note(content)) else None
+
+
+def deflated(data: bytes) -> bytes:
+    """Compress bytes at once, without a header."""
+    return b"".join(_deflate(data))
+
+
+def inflated_exactly(data: bytes, size: int) -> bytes:
+    """Inflate what `deflated` made of so many bytes; anything else is a `ValueError`."""
+    engine = deflate.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content: bytes = engine.decompress(data, size + 1)
+    except _DeflateError as error:
+        raise ValueError(error) from error
+    if not engine.eof or engine.unused_data or len(content) != size:
+        message = "the compressed data is of another length"
+        raise ValueError(message)
+    return content
+
 
 def crc32(data: Chunk, crc: int = 0) -> int:
     """Continue the CRC-32 of a stream of bytes."""
@@ -208,7 +255,12 @@ def _members(source: ByteStream) -> Iterator[tuple[int, list[memoryview]]]:
         header = source.peek(_MEMBER_HEADER.size)
         length = stated_length(header)
         if length > _MEMBER_LIMIT or length < _MEMBER_HEADER.size + _MEMBER_TRAILER.size:
-            return
+            found = noted(source.peek(note_size(NOTE_SIZE))) if header[12:14] == _NOTE_MARK else None
+            if found is None:
+                return
+            for _ in source.pieces(note_size(len(found))):
+                pass
+            continue
         pieces = list(source.pieces(length))
         if sum(map(len, pieces)) < length:
             raise CorruptCheckpointError(_TRUNCATED)
@@ -223,6 +275,11 @@ def stated_length(header: bytes | bytearray) -> int:
         return 0
     _, _, _, _, _, mark, _, length = _MEMBER_HEADER.unpack_from(header)
     return int(length) if mark == _MEMBER_MARK else 0
+
+
+def stated_crc32(member: bytes) -> int:
+    """The CRC-32 that one of our members states of what it inflates to."""
+    return int(_MEMBER_TRAILER.unpack(member[-_MEMBER_TRAILER.size :])[0])
 
 
 def _inflate_member(pieces: list[memoryview]) -> bytes:

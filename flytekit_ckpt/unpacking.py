@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import tarfile
 import warnings
 from collections.abc import Iterable, Iterator
-from decimal import Decimal
 from pathlib import Path
 
 from flytekit_ckpt.entries import Entry
@@ -83,13 +81,13 @@ def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGE
                 if name not in made:
                     os.mkdir(path)
                     made.add(name)
-                folders[name] = (info.mode & 0o777, _mtime_ns(info))
+                folders[name] = (info.mode & 0o777, entry.mtime_ns)
                 continue
             if os.path.lexists(path):
                 # In a tar, the last entry of a name counts.
                 os.unlink(path)
             if info.issym():
-                links[name] = (info.linkname, _mtime_ns(info))
+                links[name] = (info.linkname, entry.mtime_ns)
             elif info.islnk():
                 os.link(os.path.join(root, info.linkname), path, follow_symlinks=False)
             else:
@@ -137,15 +135,6 @@ def _write(entry: Entry, path: str, memory: int) -> None:
             message = f"{entry.name!r} has {size} bytes instead of the {entry.info.size} announced"
             raise CorruptCheckpointError(message)
         os.fchmod(descriptor, entry.info.mode & 0o777)
-        os.utime(descriptor, ns=(_mtime_ns(entry.info),) * 2)
+        os.utime(descriptor, ns=(entry.mtime_ns,) * 2)
     finally:
         os.close(descriptor)
-
-
-def _mtime_ns(info: tarfile.TarInfo) -> int:
-    try:
-        seconds = Decimal(str(info.pax_headers.get("mtime", info.mtime)))
-    except (ArithmeticError, ValueError):
-        return 0
-    # Also of what is not a number at all this is false. As an integer it might have a million digits.
-    return int(seconds * 10**9) if seconds.is_finite() and abs(seconds) < 1 << 32 else 0

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from flytekit_ckpt.archive import index
+from flytekit_ckpt.archive.units import Member, Unit
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.files import OpenFile
-from flytekit_ckpt.members import MEMBER_SIZE, member
+from flytekit_ckpt.members import MEMBER_SIZE, member, stated_crc32
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Range, in_order, processors
 
 if TYPE_CHECKING:
@@ -25,33 +27,13 @@ LARGE_ENTRY = MEMBER_SIZE // 4
 """Bytes of content from which on an entry has members of its own."""
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Consecutive members that hold whole entries, and nothing but them.
-
-    Attributes
-    ----------
-    first, last : list of str
-        Sort keys of the first and the last entry.
-    parts : frozenset of str
-        Labels of the parts that the entries came from.
-    start, length : int
-        Where the members lie in the archive, in bytes.
-    """
-
-    first: list[str]
-    last: list[str]
-    parts: frozenset[str]
-    start: int
-    length: int
-
-
 def pack(
     items: Iterable[Entry | Unit],
     *,
     memory: int = MEMORY_BUDGET,
     record: Callable[[Unit], object] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
+    is_indexed: bool = True,
 ) -> Iterator[bytes | Range]:
     """Turn sorted entries, and units of an earlier archive, into an archive.
 
@@ -65,38 +47,46 @@ def pack(
         Takes each unit of the new archive, in order.
     progress : callable, optional
         Takes the bytes of file content in each member that is done.
+    is_indexed : bool, default True
+        Whether an index follows the end of the archive.
 
     Yields
     ------
     bytes or Range
         One gzip member each, the compressed form of about `MEMBER_SIZE` bytes of tar stream; or, for a unit that is
-        carried over, where its members lie in the earlier archive.
+        carried over, where its members lie in the earlier archive. The index comes last.
     """
     plans = ((_cost(plan), plan) for plan in _Planner().plans(items))
     threads = min(processors(), max(1, memory // (4 * MEMBER_SIZE)))
     position = 0
-    unit: Unit | None = None
+    units: list[Unit] = []
+
+    def add(unit: Unit) -> None:
+        nonlocal position
+        units.append(unit)
+        record(unit)
+        position += unit.length
+
+    entries: list[Entry] = []
+    members: list[Member] = []
     for plan, data in in_order(_Packer(), plans, threads=threads, memory=memory):
-        if isinstance(plan, Unit) or not plan.continues:
-            if unit is not None:
-                record(unit)
-            unit = None
+        if members and (isinstance(plan, Unit) or not plan.continues):
+            add(Unit.of(position, entries, members))
+            entries, members = [], []
         if isinstance(plan, Unit):
-            record(replace(plan, start=position))
-            position += plan.length
             yield Range(plan.start, plan.length)
+            add(replace(plan, start=position))
             continue
         progress(plan.content)
-        length = len(data)
-        if unit is None:
-            unit = Unit(plan.first, plan.last, frozenset(plan.parts), position, length)
-        else:
-            unit = replace(unit, length=unit.length + length)
-        position += length
+        entries += plan.entries
+        members.append(Member(len(data), plan.size, stated_crc32(data)))
         yield data
-    if unit is not None:
-        record(unit)
-    yield end_of_archive()
+    if members:
+        add(Unit.of(position, entries, members))
+    end = end_of_archive()
+    yield end
+    if is_indexed:
+        yield from index.encoded(units, position + len(end))
 
 
 def end_of_archive() -> bytes:
@@ -128,14 +118,7 @@ class _Plan:
     pieces: list[bytes | memoryview | _Slice] = field(default_factory=list)
     size: int = 0
     content: int = 0
-    first: list[str] = field(default_factory=list)
-    last: list[str] = field(default_factory=list)
-    parts: set[str] = field(default_factory=set)
-
-    def begin(self, entry: Entry) -> None:
-        self.last = entry.sort_key
-        self.first = self.first or self.last
-        self.parts.add(entry.part)
+    entries: list[Entry] = field(default_factory=list)
 
     def add(self, piece: bytes | memoryview | _Slice) -> None:
         self.pieces.append(piece)
@@ -166,7 +149,7 @@ class _Planner:
         is_large = entry.info.size >= LARGE_ENTRY
         if is_large or self._plan.size + len(header) + entry.info.size > MEMBER_SIZE:
             yield from self._finish()
-        self._plan.begin(entry)
+        self._plan.entries.append(entry)
         self._plan.add(header)
         size = 0
         for content in _content_to_pack(entry, is_large=is_large):

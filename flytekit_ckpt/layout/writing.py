@@ -99,7 +99,7 @@ def put_payload(
     with sized(stream, size) as (content, known):
         entry = stream_entry(PAYLOAD_NAME, content, known)
         entry.info.pax_headers = {PAYLOAD_KEY: "1"}
-        packed = archive.pack([entry], memory=settings.share)
+        packed = archive.pack([entry], memory=settings.share, is_indexed=False)
         return _put(uri, packed, settings, "payload", options, size=lambda: known, describe=_tree_described)
 
 

@@ -1,0 +1,155 @@
+"""Units: members of an archive that hold whole entries, and can be carried over or read without the rest."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from flytekit_ckpt.entries import Entry
+from flytekit_ckpt.errors import CorruptCheckpointError
+from flytekit_ckpt.members import deflated, inflated_exactly
+
+LISTING_LIMIT = 4 << 20
+"""Bytes that a unit's listing may take: an entry's header takes more of a member, so that no unit's is larger."""
+
+# Numbers of the entries, bytes of their names.
+_HEADER = struct.Struct("<II")
+# A member's length in the archive, the length of what it inflates to, and the CRC-32 of that.
+_MEMBER = struct.Struct("<III")
+
+
+class Member(NamedTuple):
+    """A member of a unit.
+
+    Attributes
+    ----------
+    length : int
+        Bytes in the archive.
+    size : int
+        Bytes of the tar stream that it inflates to.
+    crc32 : int
+        CRC-32 of those.
+    """
+
+    length: int
+    size: int
+    crc32: int
+
+
+class Listed(NamedTuple):
+    """What the index tells of an entry.
+
+    Attributes
+    ----------
+    name : str
+        As in the entry's header.
+    kind : bytes
+        As `tarfile` names it: `tarfile.REGTYPE`, for example.
+    size : int
+        Bytes of content.
+    mtime_ns : int
+        Modification time, in nanoseconds since 1970.
+    """
+
+    name: str
+    kind: bytes
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive members that hold whole entries, and nothing but them.
+
+    Attributes
+    ----------
+    first, last : list of str
+        Sort keys of the first and the last entry.
+    parts : frozenset of str
+        Labels of the parts that the entries came from.
+    start : int
+        Where the members lie in the archive, in bytes.
+    packed_members : bytes
+        The members; see `members`.
+    packed_entries : bytes
+        What is known of the entries; see `entries`.
+    """
+
+    first: list[str]
+    last: list[str]
+    parts: frozenset[str]
+    start: int
+    length: int
+    packed_members: bytes
+    packed_entries: bytes
+
+    @classmethod
+    def of(cls, start: int, entries: Sequence[Entry], members: Sequence[Member]) -> Unit:
+        """Describe some members by what has been packed into them."""
+        return cls(
+            entries[0].sort_key,
+            entries[-1].sort_key,
+            frozenset(entry.part for entry in entries),
+            start,
+            sum(member.length for member in members),
+            b"".join(_MEMBER.pack(*member) for member in members),
+            _listing(entries),
+        )
+
+    @classmethod
+    def packed(cls, parts: frozenset[str], start: int, packed_members: bytes, packed_entries: bytes) -> Unit:
+        """Take a unit as it was described.
+
+        Raises
+        ------
+        CorruptCheckpointError
+            If the description is damaged.
+        """
+        unit = cls([], [], parts, start, 0, packed_members, packed_entries)
+        names = [entry.name for entry in unit.entries()]
+        try:
+            length = sum(member.length for member in unit.members)
+        except struct.error as error:
+            raise _damaged() from error
+        return replace(unit, first=names[0].split("/"), last=names[-1].split("/"), length=length)
+
+    @property
+    def members(self) -> list[Member]:
+        return [Member(*numbers) for numbers in _MEMBER.iter_unpack(self.packed_members)]
+
+    def entries(self) -> Iterator[Listed]:
+        """List the entries.
+
+        Raises
+        ------
+        CorruptCheckpointError
+            If the list is damaged.
+        """
+        try:
+            count, names_size = _HEADER.unpack_from(self.packed_entries)
+            fields = struct.Struct(f"<{count}s{count}q{count}q{names_size}s")
+            if fields.size > LISTING_LIMIT:
+                raise _damaged()
+            kinds, *numbers, names = fields.unpack(inflated_exactly(self.packed_entries[_HEADER.size :], fields.size))
+            decoded = names.decode("utf-8", "surrogateescape").split("\0")
+        except (struct.error, ValueError) as error:
+            raise _damaged() from error
+        if len(decoded) != count or not count:
+            raise _damaged()
+        for index, name in enumerate(decoded):
+            yield Listed(name, kinds[index : index + 1], numbers[index], numbers[count + index])
+
+
+def _listing(entries: Sequence[Entry]) -> bytes:
+    count = len(entries)
+    kinds = b"".join(entry.info.type for entry in entries)
+    names = "\0".join(entry.name for entry in entries).encode("utf-8", "surrogateescape")
+    numbers = [*(entry.info.size for entry in entries), *(entry.mtime_ns for entry in entries)]
+    fields = struct.pack(f"<{count}s{count}q{count}q{len(names)}s", kinds, *numbers, names)
+    return _HEADER.pack(count, len(names)) + deflated(fields)
+
+
+def _damaged() -> CorruptCheckpointError:
+    return CorruptCheckpointError("its index is damaged")
