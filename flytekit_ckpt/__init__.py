@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flytekit_ckpt.context import current_context as current_context
     from flytekit_ckpt.context import install as install
     from flytekit_ckpt.context import uninstall as uninstall
+    from flytekit_ckpt.entries import EntryInfo as EntryInfo
     from flytekit_ckpt.errors import CheckpointError as CheckpointError
     from flytekit_ckpt.errors import CheckpointUnavailableError as CheckpointUnavailableError
     from flytekit_ckpt.errors import CorruptCheckpointError as CorruptCheckpointError
@@ -35,6 +36,7 @@ _HOMES = {
     "FlyteRecoverableException": "context",
     "install": "context",
     "uninstall": "context",
+    "EntryInfo": "entries",
     "CheckpointError": "errors",
     "CheckpointUnavailableError": "errors",
     "CorruptCheckpointError": "errors",

@@ -6,17 +6,21 @@ Replaces `flytekit.core.checkpointer`: same names, signatures and behaviour.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from flytekit_ckpt import adapter, layout, parts, restoration, scratch, termination
+from flytekit_ckpt.entries import EntryInfo
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import AsyncOptions, CheckpointOptions, check_names
+from flytekit_ckpt.patterns import EVERYTHING, Patterns
 from flytekit_ckpt.pipeline import Callback
 from flytekit_ckpt.resumption import Resumption
 from flytekit_ckpt.running import named_uri
@@ -134,7 +138,13 @@ class SyncCheckpoint(Checkpoint):
         """
         return self._resumption.may_find
 
-    def restore(self, path: Path | str | None = None, *, callback: Callback | None = None) -> Path | None:
+    def restore(
+        self,
+        path: Path | str | None = None,
+        *,
+        only: str | Sequence[str] | None = None,
+        callback: Callback | None = None,
+    ) -> Path | None:
         """Restore the previous attempt's checkpoint, all of it or nothing.
 
         Bytes that were written are the file `_dst_cp`. Files of the same names are replaced, others stay.
@@ -143,6 +153,10 @@ class SyncCheckpoint(Checkpoint):
         ----------
         path : pathlib.Path or str, optional
             An existing folder to restore into; a temporary one, kept as long as this instance, if not given.
+        only : str or sequence of str, keyword only, optional
+            Patterns of the entries to restore, as of `pathlib.Path.glob`: `"trainer_state.json"`, `["model/*"]`. One
+            that matches a folder takes all that is in it. Nothing else is fetched. This may be asked for again and
+            again, and is not the one restore that further calls return to.
         callback : fsspec.callbacks.Callback, keyword only, optional
             Progress callback, called with the object's bytes as they arrive.
 
@@ -155,26 +169,56 @@ class SyncCheckpoint(Checkpoint):
         Raises
         ------
         ValueError
-            If `path` is not an existing folder.
+            If `path` is not an existing folder, or no entry can match a pattern.
         CorruptCheckpointError
             If the checkpoint is damaged or unsafe to restore.
         StorageError
             If it cannot be read, or the folder cannot be written.
         """
+        wanted = Patterns.of(only)
         with self._lock:
-            if self._restored is not None:
+            if wanted is None and self._restored is not None:
                 return self._restored
-            folder = None if path is None or self._was_read else Path(path)
+            folder = None if path is None or (self._was_read and wanted is None) else Path(path)
             if folder is not None and not folder.is_dir():
                 message = "Checkpoints can be restored to a directory only."
                 raise ValueError(message)
+            if wanted is not None:
+                return self._resumption.load(lambda found: self._restore_some(found, folder, wanted), callback, wanted)
             return self._resumption.load(lambda found: self._restore(found, folder), callback)
+
+    def entries(self) -> list[EntryInfo] | None:
+        """List what the previous attempt's checkpoint holds: names, kinds, sizes and times.
+
+        Of what this package has saved, only the index is fetched; anything else is read through.
+
+        Returns
+        -------
+        list of EntryInfo or None
+            `None` if there is no previous checkpoint. Bytes that were written are the file `_dst_cp`.
+
+        Raises
+        ------
+        CorruptCheckpointError, StorageError
+            As for `restore`.
+        """
+        take = functools.partial(restoration.listed, payload_name=self.TMP_DST_PATH)
+        with self._lock:
+            return self._resumption.load(take, only=EVERYTHING)
+
+    def _restore_some(self, found: Found, folder: Path | None, only: Patterns) -> Path:
+        folder = folder or Path(tempfile.mkdtemp(dir=self._workspace()))
+        restoration.restore(found, self.TMP_DST_PATH, folder, self._resumption.settings, only=only)
+        return folder
+
+    def _workspace(self) -> Path:
+        if self._temporary is None:
+            self._temporary = scratch.workspace(self, "flytekit_ckpt-")
+        return self._temporary
 
     def _restore(self, found: Found, folder: Path | None) -> Path:
         if folder is None:
-            if self._temporary is None:
-                self._temporary = scratch.workspace(self, "flytekit_ckpt-")
-            folder = self._temporary / self.SRC_LOCAL_FOLDER
+            folder = self._workspace() / self.SRC_LOCAL_FOLDER
             folder.mkdir(exist_ok=True)
         self._restored_names = restoration.restore(found, self.TMP_DST_PATH, folder, self._resumption.settings)
         self._loaded_uri = found.uri

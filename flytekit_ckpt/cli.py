@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -117,15 +118,37 @@ def save(source: Path, uri: str) -> None:
 @main.command()
 @click.argument("uri")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-def restore(uri: str, folder: Path) -> None:
+@click.option("--only", multiple=True, help="A pattern of the entries to restore, such as 'model/*'; repeatable.")
+def restore(uri: str, folder: Path, only: tuple[str, ...]) -> None:
     """Restore the checkpoint at URI, whoever saved it, into FOLDER."""
     with _errors_shown(), _progress_bar(f"restoring {uri}") as bar:
         folder.mkdir(parents=True, exist_ok=True)
-        found = SyncCheckpoint("", uri).restore(folder, callback=bar)
+        found = SyncCheckpoint("", uri).restore(folder, only=only or None, callback=bar)
     if found is None:
-        message = f"there is no checkpoint at {uri}"
-        raise click.ClickException(message)
+        raise _nothing_at(uri)
     click.echo(f"restored {uri} into {folder}")
+
+
+@main.command(name="list")
+@click.argument("uri")
+def list_entries(uri: str) -> None:
+    """List what the checkpoint at URI holds: size, time and name of each entry."""
+    with _errors_shown():
+        found = SyncCheckpoint("", uri).entries()
+    if found is None:
+        raise _nothing_at(uri)
+    for entry in found:
+        time = "" if entry.mtime_ns is None else f"{_as_utc(entry.mtime_ns):%Y-%m-%d %H:%M:%S}"
+        ending = "/" if entry.kind == "folder" else ""
+        click.echo(f"{entry.size:>15,}  {time:19}  {entry.name}{ending}")
+
+
+def _as_utc(time_ns: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(time_ns // 10**9, datetime.timezone.utc)
+
+
+def _nothing_at(uri: str) -> click.ClickException:
+    return click.ClickException(f"there is no checkpoint at {uri}")
 
 
 @contextlib.contextmanager

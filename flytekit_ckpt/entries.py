@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple
 
 from flytekit_ckpt.errors import UnsafeCheckpointError
 from flytekit_ckpt.files import file_chunks
@@ -23,6 +24,39 @@ PART_KEY = "flytekit_ckpt.part"
 
 PAYLOAD_KEY = "flytekit_ckpt.payload"
 """PAX keyword on the single member of an archive that wraps a payload."""
+
+
+class EntryInfo(NamedTuple):
+    """What a checkpoint's index tells of one file, folder or link.
+
+    Attributes
+    ----------
+    name : str
+        Relative, with ``/`` between components.
+    kind : str
+        `"file"`, `"folder"` or `"link"`.
+    size : int
+        Bytes of content; 0 for what is no file.
+    mtime_ns : int or None
+        Modification time, in nanoseconds since 1970; `None` of a checkpoint that is bytes.
+    """
+
+    name: str
+    kind: str
+    size: int
+    mtime_ns: int | None
+
+
+KINDS = {
+    tarfile.REGTYPE: "file",
+    tarfile.AREGTYPE: "file",
+    tarfile.CONTTYPE: "file",
+    tarfile.GNUTYPE_SPARSE: "file",
+    tarfile.DIRTYPE: "folder",
+    tarfile.SYMTYPE: "link",
+    tarfile.LNKTYPE: "link",
+}
+"""What the types of tar entries are to a user."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +92,11 @@ class Entry:
     def part(self) -> str:
         """Label of the saved file or folder that this entry came from; blank for one that was saved first."""
         return self.info.pax_headers.get(PART_KEY, "")
+
+    @property
+    def described(self) -> EntryInfo:
+        """What a list says of it."""
+        return EntryInfo(self.name, KINDS[self.info.type], self.info.size, self.mtime_ns)
 
     @property
     def mtime_ns(self) -> int:

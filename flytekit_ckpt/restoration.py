@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flytekit_ckpt import storage
-from flytekit_ckpt.entries import Entry, stream_entry
+from flytekit_ckpt.entries import Entry, EntryInfo, stream_entry
 from flytekit_ckpt.errors import CheckpointError, StorageError
 from flytekit_ckpt.layout import Event, Found, Payload, naming
+from flytekit_ckpt.patterns import Patterns
 from flytekit_ckpt.scratch import Held, remove_tree
 from flytekit_ckpt.storage import Settings
 from flytekit_ckpt.unpacking import unpack
@@ -24,6 +25,7 @@ def restore(
     settings: Settings,
     *,
     emptied: bool = False,
+    only: Patterns | None = None,
 ) -> list[str]:
     """Write a checkpoint into a folder, all of it or nothing; files of the same names are replaced.
 
@@ -39,6 +41,8 @@ def restore(
         How much memory there is.
     emptied : bool, default False
         Whether what lay in the folder before is removed.
+    only : Patterns, optional
+        Whether a payload is wanted, by its name; of a tree, those entries were found that are.
 
     Returns
     -------
@@ -49,7 +53,8 @@ def restore(
     seen = _Counter()
     uri, content = found.uri, found.content
     if isinstance(content, Payload):
-        entries: Iterable[Entry] = [stream_entry(payload_name, content.chunks, content.size)]
+        is_wanted = only is None or only.match(payload_name)
+        entries: Iterable[Entry] = [stream_entry(payload_name, content.chunks, content.size)] if is_wanted else []
     else:
         entries = content.entries
     with naming(uri), _local_failures(uri, folder), _staging(folder) as staging:
@@ -95,6 +100,17 @@ def _local_failures(uri: str, folder: Path) -> Iterator[None]:
     except OSError as error:
         message = f"cannot restore {storage.public(uri)} into {folder}: {error}. Check its permissions and free space"
         raise StorageError(error.errno, message) from error
+
+
+def listed(found: Found, payload_name: str) -> list[EntryInfo]:
+    """List a checkpoint's entries, by its index where it has one."""
+    content = found.content
+    if isinstance(content, Payload):
+        return [EntryInfo(payload_name, "file", content.size, None)]
+    with naming(found.uri):
+        if content.units is not None:
+            return [entry for unit in content.units for entry in unit.entries()]
+        return [entry.described for entry in content.entries]
 
 
 def _empty(folder: Path, but: Path) -> None:

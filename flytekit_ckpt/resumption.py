@@ -16,6 +16,7 @@ from flytekit_ckpt.home import Home
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import AsyncOptions, completed
+from flytekit_ckpt.patterns import Patterns
 from flytekit_ckpt.pipeline import Callback
 from flytekit_ckpt.running import has_other_ranks, is_restarted, running
 from flytekit_ckpt.storage import Settings
@@ -70,7 +71,9 @@ class Resumption:
         """Whether anything but what this attempt itself has saved may be found."""
         return self._source is not None or is_restarted() or self._home is not None or self._resume_from is not None
 
-    def load(self, take: Callable[[Found], _Taken], callback: Callback | None = None) -> _Taken | None:
+    def load(
+        self, take: Callable[[Found], _Taken], callback: Callback | None = None, only: Patterns | None = None
+    ) -> _Taken | None:
         """Hand on the first checkpoint that is found; `None` if there is none.
 
         Parameters
@@ -79,6 +82,8 @@ class Resumption:
             Reads the checkpoint.
         callback : fsspec callback, optional
             Progress callback, called with the object's bytes as they are read.
+        only : Patterns, optional
+            Which entries of a tree are wanted.
 
         Raises
         ------
@@ -91,7 +96,7 @@ class Resumption:
         damage: CorruptCheckpointError | None = None
         for place, uri in self._places(passed):
             try:
-                content = layout.get(uri, self.settings, callback)
+                content = layout.get(uri, self.settings, callback, only)
                 if content is None:
                     self._miss(place, uri, passed)
                     continue

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from flytekit_ckpt import layout, restoration, scratch, storage, termination
 from flytekit_ckpt.asynchronous import SENT_SIZE, AsynchronousSaves, Frozen
+from flytekit_ckpt.entries import EntryInfo
 from flytekit_ckpt.files import file_chunks
 from flytekit_ckpt.folders import folder_size, scan_folder
 from flytekit_ckpt.home import Home
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock, Queue
 from flytekit_ckpt.options import AsyncOptions, check_names
+from flytekit_ckpt.patterns import EVERYTHING, Patterns
 from flytekit_ckpt.pipeline import Callback, Chunk
 from flytekit_ckpt.resumption import Resumption
 from flytekit_ckpt.running import named_uri
@@ -155,9 +157,9 @@ class Checkpoint(BaseCheckpoint):
         """
         return self._resumption.may_find
 
-    async def load(self, *, callback: Callback | None = None) -> Path | None:
+    async def load(self, *, only: str | Sequence[str] | None = None, callback: Callback | None = None) -> Path | None:
         """Load the previous attempt's checkpoint without blocking the event loop; see `load_sync`."""
-        return await asyncio.to_thread(self.load_sync, callback=callback)
+        return await asyncio.to_thread(self.load_sync, only=only, callback=callback)
 
     async def save(self, data: Savable, *, callback: Callback | None = None) -> None:
         """Save without blocking the event loop; see `save_sync`.
@@ -184,11 +186,15 @@ class Checkpoint(BaseCheckpoint):
             saving.exception()
             raise
 
-    def load_sync(self, *, callback: Callback | None = None) -> Path | None:
+    def load_sync(self, *, only: str | Sequence[str] | None = None, callback: Callback | None = None) -> Path | None:
         """Load the previous attempt's checkpoint into `path`, all of it or nothing.
 
         Parameters
         ----------
+        only : str or sequence of str, keyword only, optional
+            Patterns of the entries to load, as of `pathlib.Path.glob`: `"trainer_state.json"`, `["model/*"]`. One that
+            matches a folder takes all that is in it. Nothing else is fetched. They are loaded into a temporary folder
+            of their own, which is returned; this is not the one load that further calls return to.
         callback : fsspec.callbacks.Callback, keyword only, optional
             Progress callback, called with the object's bytes as they arrive.
 
@@ -205,11 +211,39 @@ class Checkpoint(BaseCheckpoint):
             If the checkpoint is damaged or unsafe to restore.
         StorageError
             If it cannot be read, or the workspace cannot be written.
+        ValueError
+            If no entry can match a pattern.
         """
+        wanted = Patterns.of(only)
+        if wanted is not None:
+            return self._resumption.load(lambda found: self._load_some(found, wanted), callback, wanted)
         with self._lock:
             if self._loaded is None:
                 self._loaded = self._resumption.load(self._restore, callback)
             return self._loaded
+
+    def entries(self) -> list[EntryInfo] | None:
+        """List what the previous attempt's checkpoint holds: names, kinds, sizes and times.
+
+        Of what this package has saved, only the index is fetched; anything else is read through.
+
+        Returns
+        -------
+        list of EntryInfo or None
+            `None` if there is no previous checkpoint. Bytes are the file `payload`.
+
+        Raises
+        ------
+        CorruptCheckpointError, StorageError
+            As for `load_sync`.
+        """
+        take = functools.partial(restoration.listed, payload_name=layout.PAYLOAD_NAME)
+        return self._resumption.load(take, only=EVERYTHING)
+
+    def _load_some(self, found: Found, only: Patterns) -> Path:
+        folder = scratch.workspace(self, "flytekit_ckpt-")
+        restoration.restore(found, layout.PAYLOAD_NAME, folder, self._resumption.settings, only=only)
+        return folder
 
     def _restore(self, found: Found) -> Path:
         restoration.restore(found, layout.PAYLOAD_NAME, self.path, self._resumption.settings, emptied=True)

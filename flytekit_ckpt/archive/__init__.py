@@ -6,6 +6,6 @@ Nothing here knows a URI. An archive is produced and consumed as an iterator of 
 
 from flytekit_ckpt.archive.packing import end_of_archive, pack
 from flytekit_ckpt.archive.reading import read
-from flytekit_ckpt.archive.units import Listed, Unit
+from flytekit_ckpt.archive.units import Unit
 
-__all__ = ["Listed", "Unit", "end_of_archive", "pack", "read"]
+__all__ = ["Unit", "end_of_archive", "pack", "read"]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from flytekit_ckpt.archive.units import Unit
 from flytekit_ckpt.errors import CorruptCheckpointError
-from flytekit_ckpt.members import NOTE_SIZE, crc32, note, note_size, noted
+from flytekit_ckpt.members import MEMBER_SIZE, NOTE_SIZE, crc32, inflated, note, note_size, noted
 from flytekit_ckpt.pipeline import Range
 
 INDEX_LIMIT = 32 << 20
@@ -62,7 +63,7 @@ def encoded(units: Iterable[Unit], start: int) -> Iterator[bytes]:
 
 
 def place(tail: bytes, size: int) -> Range | None:
-    """Tell where an archive's index lies, its last member included; `None` if it has none.
+    """Tell where an archive's index lies, with what may be the end of the archive before it; `None` if it has none.
 
     Parameters
     ----------
@@ -72,47 +73,66 @@ def place(tail: bytes, size: int) -> Range | None:
         Bytes of the archive.
     """
     end = _end(tail)
-    if end is None:
+    if end is None or end.length > INDEX_LIMIT or end.start + end.size != size:
         return None
-    start, length, _ = end
-    members = -(-length // NOTE_SIZE) * note_size(0) + length + note_size(_END.size)
-    return Range(start, members) if length <= INDEX_LIMIT and start + members == size else None
+    before = min(end.start, _END_OF_ARCHIVE_LIMIT)
+    return Range(end.start - before, before + end.size)
 
 
-def _end(tail: bytes) -> tuple[int, int, int] | None:
+class _End(NamedTuple):
+    """Where an index begins, the length and the CRC-32 of what it holds."""
+
+    start: int
+    length: int
+    crc32: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of its members."""
+        return -(-self.length // NOTE_SIZE) * note_size(0) + self.length + note_size(_END.size)
+
+
+def _end(tail: bytes) -> _End | None:
     last = noted(tail[-note_size(_END.size) :])
     if last is None or len(last) != _END.size:
         return None
-    version, start, length, crc = _END.unpack(last)
-    return (start, length, crc) if version == _VERSION else None
+    version, *end = _END.unpack(last)
+    return _End(*end) if version == _VERSION else None
 
 
-def decoded(members: bytes) -> list[Unit] | None:
-    """Read an index; `None` if it is damaged.
+def decoded(found: bytes) -> list[Unit] | None:
+    """Read an index; `None` if it is damaged, or leaves something out.
 
     Parameters
     ----------
-    members : bytes
+    found : bytes
         What lies at the `place`.
     """
-    end = _end(members)
+    end = _end(found)
     if end is None:
         return None
-    start, length, crc = end
     pieces: list[bytes] = []
-    position = 0
-    while (found := noted(members[position : position + note_size(NOTE_SIZE)])) is not None:
-        pieces.append(found)
-        position += note_size(len(found))
+    position = len(found) - end.size
+    while (piece := noted(found[position : position + note_size(NOTE_SIZE)])) is not None:
+        pieces.append(piece)
+        position += note_size(len(piece))
     content = b"".join(pieces[:-1])
-    if position != len(members) or len(content) != length or crc32(content) != crc:
+    if position != len(found) or len(content) != end.length or crc32(content) != end.crc32:
         return None
     try:
         units = list(_units(content))
     except (struct.error, ValueError, CorruptCheckpointError):
         return None
-    ends_at = units[-1].start + units[-1].length if units else 0
-    return units if 0 < start - ends_at <= _END_OF_ARCHIVE_LIMIT else None
+    # What no unit holds is the end of the archive, and nothing else.
+    rest = end.start - sum(unit.length for unit in units)
+    return units if 0 < rest <= _END_OF_ARCHIVE_LIMIT and _is_end(found[: len(found) - end.size][-rest:]) else None
+
+
+def _is_end(member: bytes) -> bool:
+    try:
+        return not any(b"".join(inflated(iter([member]), MEMBER_SIZE)))
+    except CorruptCheckpointError:
+        return False
 
 
 def _units(content: bytes) -> Iterator[Unit]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from flytekit_ckpt.entries import Entry
+from flytekit_ckpt.entries import KINDS, Entry, EntryInfo
 from flytekit_ckpt.errors import CorruptCheckpointError
 from flytekit_ckpt.members import deflated, inflated_exactly
 
@@ -36,27 +36,6 @@ class Member(NamedTuple):
     length: int
     size: int
     crc32: int
-
-
-class Listed(NamedTuple):
-    """What the index tells of an entry.
-
-    Attributes
-    ----------
-    name : str
-        As in the entry's header.
-    kind : bytes
-        As `tarfile` names it: `tarfile.REGTYPE`, for example.
-    size : int
-        Bytes of content.
-    mtime_ns : int
-        Modification time, in nanoseconds since 1970.
-    """
-
-    name: str
-    kind: bytes
-    size: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -119,7 +98,7 @@ class Unit:
     def members(self) -> list[Member]:
         return [Member(*numbers) for numbers in _MEMBER.iter_unpack(self.packed_members)]
 
-    def entries(self) -> Iterator[Listed]:
+    def entries(self) -> Iterator[EntryInfo]:
         """List the entries.
 
         Raises
@@ -139,7 +118,10 @@ class Unit:
         if len(decoded) != count or not count:
             raise _damaged()
         for index, name in enumerate(decoded):
-            yield Listed(name, kinds[index : index + 1], numbers[index], numbers[count + index])
+            kind = KINDS.get(kinds[index : index + 1])
+            if kind is None:
+                raise _damaged()
+            yield EntryInfo(name, kind, numbers[index], numbers[count + index])
 
 
 def _listing(entries: Sequence[Entry]) -> bytes:

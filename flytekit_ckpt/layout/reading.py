@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,13 +13,17 @@ from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError, UnsafeCheckpointError
 from flytekit_ckpt.layout.locations import located, written_uri
 from flytekit_ckpt.layout.loose import local_folder, remote_folder, reporting_files
+from flytekit_ckpt.layout.selection import Indexed, indexed, selected, size_of
 from flytekit_ckpt.layout.shapes import CRC32, SHAPE, Payload, Tree, naming, reporting
+from flytekit_ckpt.patterns import Patterns
 from flytekit_ckpt.pipeline import Callback, Chunk, Range
 from flytekit_ckpt.recognition import Kind, recognise
 from flytekit_ckpt.storage import Settings
 
 
-def get(uri: str, settings: Settings, callback: Callback | None = None) -> Payload | Tree | None:
+def get(
+    uri: str, settings: Settings, callback: Callback | None = None, only: Patterns | None = None
+) -> Payload | Tree | None:
     """Open the checkpoint at a URI; `None` if there is none, or an empty object.
 
     Parameters
@@ -29,6 +34,9 @@ def get(uri: str, settings: Settings, callback: Callback | None = None) -> Paylo
         How it is reached.
     callback : fsspec callback, optional
         Progress callback, called with the object's bytes as they are read.
+    only : Patterns, optional
+        The entries of a tree that are wanted. Where it has an index, nothing is read but that until an entry is asked
+        for, and then only what holds those that are wanted; elsewhere it is read through.
 
     Raises
     ------
@@ -36,21 +44,68 @@ def get(uri: str, settings: Settings, callback: Callback | None = None) -> Paylo
         Now, or while the content is read; both name the URI.
     """
     with naming(uri):
-        return _limited(uri, _found(uri, settings, callback), settings.restore_limit)
+        return _limited(uri, _found(uri, settings, callback, only), settings.restore_limit)
 
 
-def _found(uri: str, settings: Settings, callback: Callback | None) -> Payload | Tree | None:
+def _found(uri: str, settings: Settings, callback: Callback | None, only: Patterns | None) -> Payload | Tree | None:
     path, is_folder = located(uri)
     if path is not None and is_folder:
-        return reporting_files(local_folder(path), callback)
-    stored = storage.at(uri if path is None else str(path), settings).get()
+        return _chosen(reporting_files(local_folder(path), callback), only)
+    target = storage.at(uri if path is None else str(path), settings)
+    if only is not None and (found := indexed(target)) is not None:
+        return _selected(target, found, only, settings, callback)
+    return _chosen(_whole(uri, target, settings, callback), only)
+
+
+def _whole(
+    uri: str, target: storage.StoredObject, settings: Settings, callback: Callback | None
+) -> Payload | Tree | None:
+    stored = target.get()
     if stored is None:
-        return None if path is not None else reporting_files(remote_folder(uri, settings), callback)
+        is_local = storage.local_path(uri) is not None
+        return None if is_local else reporting_files(remote_folder(uri, settings), callback)
     chunks = stored.chunks
     if callback is not None:
         callback.set_size(stored.size)
         chunks = reporting(chunks, callback)
     return meaning(uri, stored, chunks, settings)
+
+
+def _selected(
+    target: storage.StoredObject, found: Indexed, only: Patterns, settings: Settings, callback: Callback | None
+) -> Tree:
+    """A tree whose index has been read."""
+
+    def entries() -> Iterator[Entry]:
+        if callback is not None:
+            callback.set_size(size_of(found, only))
+        passing = (lambda chunks: chunks) if callback is None else functools.partial(reporting, callback=callback)
+        try:
+            yield from selected(target, found, only, settings, passing)
+        except storage.ConflictError as error:
+            message = f"cannot read {storage.public(target.uri)}: another writer has replaced it meanwhile. Try again"
+            raise StorageError(message) from error
+
+    return Tree(_named(target.uri, entries()), found.object.version, found.metadata, found.units)
+
+
+def _chosen(found: Payload | Tree | None, only: Patterns | None) -> Payload | Tree | None:
+    """Leave out the entries of a tree that are not wanted."""
+    if only is None or not isinstance(found, Tree):
+        return found
+
+    def entries(given: Iterator[Entry]) -> Iterator[Entry]:
+        for entry in given:
+            if only.match(entry.name):
+                if entry.info.islnk() and not only.match(entry.info.linkname):
+                    message = (
+                        f"the entry {entry.name!r} is a hard link to {entry.info.linkname!r}, which `only` leaves out: "
+                        "name that too"
+                    )
+                    raise ValueError(message)
+                yield entry
+
+    return replace(found, entries=entries(found.entries))
 
 
 def _limited(uri: str, found: Payload | Tree | None, limit: int | None) -> Payload | Tree | None:

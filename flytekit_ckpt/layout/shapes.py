@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flytekit_ckpt import storage
+from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CorruptCheckpointError
 from flytekit_ckpt.pipeline import Callback, Chunk
@@ -48,11 +49,24 @@ class Payload:
 
 @dataclass(frozen=True)
 class Tree:
-    """A saved set of files, folders and links; each can be read before the next is asked for."""
+    """A saved set of files, folders and links; each can be read before the next is asked for.
+
+    Attributes
+    ----------
+    entries : iterator of Entry
+        What it holds; where only some of it was asked for, that.
+    version : str or None
+        That of the object.
+    metadata : mapping
+        What was described when it was written.
+    units : list of Unit or None
+        What its index says it holds, where that was asked for and it has one.
+    """
 
     entries: Iterator[Entry]
     version: str | None
     metadata: storage.Metadata = field(default_factory=dict)
+    units: list[Unit] | None = None
 
 
 @dataclass(frozen=True)

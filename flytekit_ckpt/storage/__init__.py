@@ -25,6 +25,7 @@ from flytekit_ckpt.storage.objects import (
     State,
     Stored,
     StoredObject,
+    Tail,
     Written,
 )
 from flytekit_ckpt.storage.s3 import S3Object
@@ -54,6 +55,7 @@ __all__ = [
     "Stored",
     "StoredObject",
     "Surroundings",
+    "Tail",
     "Written",
     "at",
     "canonical",

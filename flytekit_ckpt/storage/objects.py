@@ -105,6 +105,15 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """The last bytes of an object: the object as it was written, its metadata, and the bytes."""
+
+    object: Written
+    metadata: Metadata
+    content: bytes
+
+
+@dataclass(frozen=True)
 class State:
     """What is at a URI.
 
@@ -275,6 +284,23 @@ class StoredObject(ABC):
         StorageError
             If the storage refuses or fails, now or while the chunks are read.
         """
+
+    def tail(self, size: int) -> Tail | None:
+        """Read up to `size` bytes at the object's end; `None` if nothing is there.
+
+        Raises
+        ------
+        StorageError
+            If the storage refuses or fails.
+        ConflictError
+            If another writer replaces it meanwhile.
+        """
+        state = self.state()
+        if state.object is None:
+            return None
+        start = max(0, state.object.size - size)
+        content = b"".join(self.get_range(Range(start, state.object.size - start), state.object))
+        return Tail(state.object, state.metadata, content)
 
     @abstractmethod
     def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:

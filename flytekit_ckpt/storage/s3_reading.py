@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk, Range
 from flytekit_ckpt.storage import s3_client
 from flytekit_ckpt.storage.failures import ConflictError, IncompleteAnswerError, s3_code
 from flytekit_ckpt.storage.general import in_folders
-from flytekit_ckpt.storage.objects import PART_SIZE, Metadata, State, Stored, StoredObject, Written
+from flytekit_ckpt.storage.objects import PART_SIZE, Metadata, State, Stored, StoredObject, Tail, Written
 from flytekit_ckpt.storage.requested import CONNECT_TIMEOUT, PACE, RequestedObject
 from flytekit_ckpt.storage.s3_client import CHANGED, filesystem_kind, metadata_of, version_of
 from flytekit_ckpt.storage.uris import public
@@ -78,9 +79,28 @@ class S3Reader(RequestedObject):
         return version_of(self._call("head_object"))
 
     def get(self) -> Stored | None:
+        head = self._found(f"bytes=0-{PART_SIZE - 1}", PART_SIZE)
+        if head is None:
+            return None
+
+        def chunks() -> Iterator[Chunk]:
+            yield from head.chunks
+            if head.size > PART_SIZE:
+                yield from self._pieces(Range(PART_SIZE, head.size - PART_SIZE), head.version)
+
+        return Stored(head.size, head.version, chunks(), head.metadata)
+
+    def tail(self, size: int) -> Tail | None:
+        tail = self._found(f"bytes=-{size}", size)
+        if tail is None:
+            return None
+        return Tail(Written(tail.size, tail.version), tail.metadata, b"".join(tail.chunks))
+
+    def _found(self, place: str, length: int) -> _Piece | None:
+        """Get up to so many bytes of whatever is there."""
         with self._reporting("read"):
             try:
-                head = self._fetch(Range(0, PART_SIZE), None)
+                return self._fetch(place, length)
             except FileNotFoundError as error:
                 if s3_code(error) == "NoSuchBucket":
                     raise
@@ -90,14 +110,7 @@ class S3Reader(RequestedObject):
                 if s3_code(error) not in ("InvalidRange", "416"):
                     raise
                 found = self._call("head_object")
-                head = _Piece([], 0, version_of(found), metadata_of(found))
-
-        def chunks() -> Iterator[Chunk]:
-            yield from head.chunks
-            if head.size > PART_SIZE:
-                yield from self._pieces(Range(PART_SIZE, head.size - PART_SIZE), head.version)
-
-        return Stored(head.size, head.version, chunks(), head.metadata)
+                return _Piece([], 0, version_of(found), metadata_of(found))
 
     def get_range(self, part: Range, written: Written) -> Iterator[Chunk]:
         try:
@@ -110,7 +123,8 @@ class S3Reader(RequestedObject):
     def _pieces(self, part: Range, version: str | None) -> Iterator[Chunk]:
         def fetch(piece: Range) -> list[bytes]:
             with self._reporting("read"):
-                return self._fetch(piece, version).chunks
+                place = f"bytes={piece.start}-{piece.start + piece.length - 1}"
+                return self._fetch(place, piece.length, version).chunks
 
         return self._in_order(fetch, part, PART_SIZE)
 
@@ -142,10 +156,10 @@ class S3Reader(RequestedObject):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
-    def _fetch(self, part: Range, version: str | None) -> _Piece:
-        """Get a part of the object, of that version if one is given."""
+    def _fetch(self, place: str, length: int, version: str | None = None) -> _Piece:
+        """Get up to so many bytes of the object, of that version if one is given; the place is as HTTP names it."""
         bucket, _, key = self._key.partition("/")
-        arguments: dict[str, Any] = {"Range": f"bytes={part.start}-{part.start + part.length - 1}"}
+        arguments: dict[str, Any] = {"Range": place}
         if version is not None:
             arguments["IfMatch"] = f'"{version}"'
 
@@ -160,13 +174,13 @@ class S3Reader(RequestedObject):
                     chunks.append(chunk)
             finally:
                 body.close()
-            size = int(answer["ContentRange"].rpartition("/")[2])
-            if sum(map(len, chunks)) != min(part.length, size - part.start):
+            first, last, size = map(int, re.findall(r"\d+", answer["ContentRange"]))
+            if sum(map(len, chunks)) != last - first + 1 or last + 1 not in (size, first + length):
                 message = "the answer ends early"
                 raise IncompleteAnswerError(message)
             return _Piece(chunks, size, version_of(answer), metadata_of(answer))
 
-        answer: _Piece = self._requested(request, part.length)
+        answer: _Piece = self._requested(request, length)
         return answer
 
     def _call(self, method: str, *, moved: int = 0, headers: Mapping[str, str] | None = None, **arguments: Any) -> Any:
