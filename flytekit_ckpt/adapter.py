@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flytekit_ckpt import layout, storage
+from flytekit_ckpt import archive, layout, storage
 from flytekit_ckpt.archive import Unit
 from flytekit_ckpt.entries import Entry, in_part, stream_entry
 from flytekit_ckpt.folders import scan_folder
@@ -107,9 +107,11 @@ class Destination:
         is_alone = base.is_replaced_whole and len(parts) == 1
         items: Iterable[Entry | Unit] = base.items
         sizes: list[Callable[[], int]] = []
-        opened = functools.partial(
-            layout.get_unit, self._uri, written=base.units_in or storage.Written(0, None), settings=self._settings
-        )
+
+        def opened(unit: Unit) -> Iterator[Entry]:
+            assert base.known is not None
+            return layout.get_unit(self._uri, unit, written=base.known.written, settings=self._settings)
+
         with contextlib.ExitStack() as files:
             for part in parts:
                 if isinstance(part, Entries):
@@ -123,18 +125,24 @@ class Destination:
                 elif is_alone:
                     return self._put_payload(part.chunks(), part.size(), callback, options)
                 else:
-                    content, known = files.enter_context(layout.sized(part.chunks(), part.size()))
-                    entries = iter([part.entry(content, known)])
-                    sizes.append(functools.partial(int, known))
+                    content, size = files.enter_context(layout.sized(part.chunks(), part.size()))
+                    entries = iter([part.entry(content, size)])
+                    sizes.append(functools.partial(int, size))
                 label = base.labels[part.name]
                 newer = in_part(entries, label)
                 items = newer if is_alone else merge(items, newer, label, opened)
+            saved = set(base.labels.values())
+            seen_before = base.known.units if base.known is not None else []
             return layout.put_tree(
                 self._uri,
-                items,
+                archive.unchanged(
+                    items,
+                    [unit for unit in seen_before if unit.parts <= saved],
+                    is_verified=self._resumption.is_verified,
+                ),
                 self._settings,
                 size=lambda: sum(size() for size in sizes),
-                carried=base.units_in,
+                previous=None if base.known is None else base.known.previous(self._settings),
                 callback=callback,
                 options=options,
             )
@@ -154,7 +162,8 @@ class Destination:
             labels = {name: self._labels.get(name) or ("" if name in self._labels else _new_label()) for name in names}
             if is_replaced_whole:
                 items = []
-            return _Base(self._written, items, self._written, labels, self._has_others, is_replaced_whole)
+            known: layout.Known | None = layout.Known(layout.written_uri(self._uri), self._written, self._units)
+            return _Base(self._written, items, known, labels, self._has_others, is_replaced_whole)
         replaced, found = layout.look(self._uri, self._settings, self._resumption.carry_forward.has_carried)
         if found is None:
             is_lost = bool(self._labels.keys() - names)
@@ -162,12 +171,16 @@ class Destination:
             if is_lost:
                 raise storage.overwritten(self._uri)
             labels = {name: _new_label() for name in names} if len(names) > 1 else dict.fromkeys(names, "")
-            return _Base(replaced, [], None, labels, has_others=False, is_replaced_whole=True)
+            known = self._resumption.loaded() if any(isinstance(part, Entries) for part in parts) else None
+            return _Base(replaced, [], known, labels, has_others=False, is_replaced_whole=True)
         # What has no label now may be anybody's.
         self._labels = {name: label for name, label in self._labels.items() if label}
         is_replaced_whole = isinstance(found, layout.Payload) and layout.LEGACY_PAYLOAD_NAME in names
-        items = [] if is_replaced_whole else _entries(found, scratch)
         labels = {name: self._labels.get(name) or _new_label() for name in names}
+        if isinstance(found, layout.Tree) and found.units is not None and replaced is not None:
+            known = layout.Known(layout.written_uri(self._uri), replaced, found.units)
+            return _Base(replaced, found.units, known, labels, has_others=True, is_replaced_whole=False)
+        items = [] if is_replaced_whole else _entries(found, scratch)
         return _Base(replaced, items, None, labels, not is_replaced_whole, is_replaced_whole)
 
     def _payload_again(self, written: storage.Written) -> Iterable[Entry]:
@@ -200,8 +213,8 @@ class _Base:
         The object that the new one takes the place of.
     items : iterable of Entry or Unit
         What it holds, sorted.
-    units_in : Written or None
-        The object that the units among them lie in.
+    known : Known or None
+        The object that the units among them lie in, and where units lie that may come again.
     labels : dict of str to str
         That of each part.
     has_others : bool
@@ -212,7 +225,7 @@ class _Base:
 
     replaced: storage.Written | None
     items: Iterable[Entry | Unit]
-    units_in: storage.Written | None
+    known: layout.Known | None
     labels: dict[str, str]
     has_others: bool
     is_replaced_whole: bool

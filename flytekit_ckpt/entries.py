@@ -59,6 +59,27 @@ KINDS = {
 """What the types of tar entries are to a user."""
 
 
+SETTLED_NS = 2 * 10**9
+"""Nanoseconds after which the next change of a file shows in its times: they are no coarser than that."""
+
+
+class Identity(NamedTuple):
+    """Which file an entry was made of.
+
+    Attributes
+    ----------
+    device, inode, ctime_ns : int
+        As `os.stat` gives them.
+    is_settled : bool
+        Whether any later change of it shows in its size and times.
+    """
+
+    device: int
+    inode: int
+    ctime_ns: int
+    is_settled: bool
+
+
 @dataclass(frozen=True)
 class Entry:
     """One file, folder or link of an archive.
@@ -73,11 +94,14 @@ class Entry:
         from an archive can only be read before the next entry is asked for.
     path : pathlib.Path, optional
         The file on the local disk that holds the content, if one does: it can be read out of turn.
+    identity : Identity, optional
+        Which file that is.
     """
 
     info: tarfile.TarInfo
     chunks: Callable[[], Iterator[Chunk]] = lambda: iter(())
     path: Path | None = None
+    identity: Identity | None = None
 
     @property
     def name(self) -> str:
@@ -113,12 +137,33 @@ class Entry:
         return PAYLOAD_KEY in self.info.pax_headers
 
 
-def file_entry(path: Path, name: str, status: os.stat_result | None = None) -> Entry:
-    """Describe the regular file `path` as the entry `name`; its content is read when the entry is packed."""
+def file_entry(
+    path: Path,
+    name: str,
+    status: os.stat_result | None = None,
+    mapped: frozenset[tuple[int, int]] | None = frozenset(),
+) -> Entry:
+    """Describe the regular file `path` as the entry `name`; its content is read when the entry is packed.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    name : str
+        The entry's name.
+    status : os.stat_result, optional
+        What `os.stat` has just given of it.
+    mapped : frozenset, optional
+        What `files.mapped_files` has given.
+    """
     status = status or os.stat(path)
     info = header(name, status, tarfile.REGTYPE)
     info.size = status.st_size
-    return Entry(info, lambda: file_chunks(path, info.size), path)
+    device, inode = status.st_dev, status.st_ino
+    age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
+    is_settled = age > SETTLED_NS and mapped is not None and (device, inode) not in mapped
+    identity = Identity(device, inode, status.st_ctime_ns, is_settled)
+    return Entry(info, lambda: file_chunks(path, info.size), path, identity)
 
 
 def stream_entry(name: str, chunks: Iterable[Chunk], size: int) -> Entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -122,3 +123,23 @@ def copy_part(source: int, target: int, part: Range) -> int:
             raise EOFError(message)
         done += count
     return done
+
+
+def mapped_files() -> frozenset[tuple[int, int]] | None:
+    """Give the device and inode of each file that this process may change through its memory.
+
+    Such a change shows in the file's times only now and then. `None` where the system does not tell.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text("utf-8", "surrogateescape")
+    except OSError:
+        return None
+    fields = (line.split(maxsplit=5) for line in maps.splitlines())
+    paths = {field[5] for field in fields if len(field) == 6 and "w" in field[1] and field[1].endswith("s")}
+    found = set()
+    for path in paths:
+        # What has been removed meanwhile is not going to be saved.
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            found.add((status.st_dev, status.st_ino))
+    return frozenset(found)

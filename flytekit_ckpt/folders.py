@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flytekit_ckpt.entries import Entry, file_entry, header
+from flytekit_ckpt.files import mapped_files
 
 Exclude = Callable[[Path], str | None]
 """Says why a path is not to be saved: `None` for one that is, an empty string where nobody needs to know."""
@@ -23,7 +24,7 @@ def scan_folder(folder: Path, exclude: Exclude = lambda _: None) -> Iterator[Ent
     A link that leads out of the folder, or is absolute, is given as what it points to: in the next container it would
     dangle. Hard links are files. Sockets, fifos, devices and links to nothing are left out with a warning.
     """
-    return _Scan(os.path.realpath(folder), exclude, _warn_left_out).entries(folder)
+    return _Scan(os.path.realpath(folder), exclude, _warn_left_out, mapped_files()).entries(folder)
 
 
 def folder_size(folder: Path, exclude: Exclude = lambda _: None) -> int:
@@ -44,11 +45,14 @@ class _Scan:
         Says why a path is not to be saved.
     left_out : callable
         Takes each path that is left out, and the reason.
+    mapped : frozenset or None
+        What `files.mapped_files` has given.
     """
 
     root: str
     exclude: Exclude
     left_out: Callable[[Path, str], object]
+    mapped: frozenset[tuple[int, int]] | None = None
 
     def entries(self, folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[Entry]:
         here = os.stat(folder)
@@ -81,7 +85,7 @@ class _Scan:
                 inner = replace(self, root=os.path.realpath(path)) if item.is_symlink() else self
                 yield from inner.entries(path, name + "/", (*above, identity))
             elif stat.S_ISREG(status.st_mode):
-                yield file_entry(path, name, status)
+                yield file_entry(path, name, status, self.mapped)
             else:
                 self.left_out(path, "it is neither a file, a folder nor a link")
 

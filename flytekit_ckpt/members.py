@@ -29,6 +29,9 @@ from flytekit_ckpt.pipeline import LITTLE, Chunk, ahead, in_order, processors
 MEMBER_SIZE = 2 << 20
 """Bytes of what is compressed in one member."""
 
+MEMBER_LIMIT = 16 << 20
+"""Bytes of the largest member that is held in memory: one that claims to be larger is none of ours, and a stream."""
+
 COMPRESSION_LEVEL = 1
 """The fastest level that compresses: many times faster than gzip's default of 9 for a few per cent more bytes."""
 
@@ -46,8 +49,6 @@ _DeflateError = cast("type[Exception]", deflate.error)
 _MEMBER_HEADER = struct.Struct("<4sIBBH2sHI")
 _MEMBER_MARK = b"FC"
 _MEMBER_TRAILER = struct.Struct("<II")
-# Members that claim to be larger than any of ours are read as a stream, in bounded memory.
-_MEMBER_LIMIT = 16 << 20
 # RFC 1951: the length of a stored block is a 16-bit number.
 _STORED_BLOCK = struct.Struct("<BHH")
 _STORED_BLOCK_SIZE = 0xFFFF
@@ -254,7 +255,7 @@ def _members(source: ByteStream) -> Iterator[tuple[int, list[memoryview]]]:
     while True:
         header = source.peek(_MEMBER_HEADER.size)
         length = stated_length(header)
-        if length > _MEMBER_LIMIT or length < _MEMBER_HEADER.size + _MEMBER_TRAILER.size:
+        if length > MEMBER_LIMIT or length < _MEMBER_HEADER.size + _MEMBER_TRAILER.size:
             found = noted(source.peek(note_size(NOTE_SIZE))) if header[12:14] == _NOTE_MARK else None
             if found is None:
                 return
@@ -285,7 +286,7 @@ def stated_crc32(member: bytes) -> int:
 def _inflate_member(pieces: list[memoryview]) -> bytes:
     member = memoryview(b"".join(pieces)) if len(pieces) > 1 else pieces[0]
     crc, size = _MEMBER_TRAILER.unpack(member[-_MEMBER_TRAILER.size :])
-    if size > _MEMBER_LIMIT:
+    if size > MEMBER_LIMIT:
         message = "its compressed data is damaged (a member of an impossible size)"
         raise CorruptCheckpointError(message)
     engine = deflate.decompressobj(-zlib.MAX_WBITS)

@@ -59,12 +59,17 @@ class CheckpointOptions(StateOptions, total=False):
         `FLYTEKIT_CKPT_RESUME_FROM` for the checkpoints that the platform gives if not given.
     fallback : "older", optional
         Whether a damaged checkpoint is passed over, with a warning, for the newest whole one. An error if not given.
+    verify_unchanged : bool, default False
+        Whether files of a folder that are the same by size, times and inode as when they were saved are read, and
+        compared by checksum, before what was saved of them is used again. Needed where another process changes files
+        through a memory map, which their times may not show.
     """
 
     carry_forward: bool
     home: str | None
     resume_from: str | None
     fallback: Literal["older"] | None
+    verify_unchanged: bool
 
 
 class AsyncOptions(CheckpointOptions, total=False):

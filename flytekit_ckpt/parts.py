@@ -12,7 +12,7 @@ from typing import IO
 from flytekit_ckpt import layout, storage
 from flytekit_ckpt.entries import Entry, file_entry, stream_entry
 from flytekit_ckpt.errors import CheckpointError
-from flytekit_ckpt.files import file_chunks
+from flytekit_ckpt.files import file_chunks, mapped_files
 from flytekit_ckpt.folders import folder_size, scan_folder
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Chunk
 
@@ -45,7 +45,7 @@ class File(Entries):
     path: Path
 
     def entries(self) -> Iterator[Entry]:
-        return iter([file_entry(self.path, self.name)])
+        return iter([file_entry(self.path, self.name, mapped=mapped_files())])
 
     def size(self) -> int:
         return self.path.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -11,7 +12,7 @@ from urllib.parse import quote, unquote
 
 from flytekit_ckpt import layout, storage
 from flytekit_ckpt.carry_forward import CarryForward
-from flytekit_ckpt.errors import CorruptCheckpointError, StorageError, UnsafeCheckpointError
+from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, StorageError, UnsafeCheckpointError
 from flytekit_ckpt.home import Home
 from flytekit_ckpt.layout import Found
 from flytekit_ckpt.locks import ForkSafeLock
@@ -47,6 +48,7 @@ class Resumption:
         self.settings = Settings.of(options)
         self._home = Home.of(options.get("home"), attempt, self.settings)
         self._resume_from = os.fspath(options.get("resume_from") or "") or None
+        self.is_verified = options.get("verify_unchanged", False)
         fallback = options.get("fallback")
         if fallback not in (None, "older"):
             message = f"fallback={fallback!r} is not known: give 'older', or leave it out"
@@ -60,6 +62,8 @@ class Resumption:
             raise ValueError(message)
         # What this attempt had resumed from, if neither a source nor an earlier save of its own led there.
         self._resumed_from: str | None = None
+        # What was loaded last, until something has been saved.
+        self._loaded: str | None = None
         self._lock = ForkSafeLock()
         self.carry_forward = CarryForward(
             source, destination, self.settings, is_wanted=options.get("carry_forward", True)
@@ -111,6 +115,7 @@ class Resumption:
                 passed.append(f"{_told(place, uri)} is damaged")
                 continue
             self._go_on_from(place, uri, content)
+            self._loaded = uri
             return taken
         if damage is not None:
             raise damage
@@ -136,6 +141,14 @@ class Resumption:
         with self._lock:
             _saved_here.add(storage.canonical(self._destination))
             self._home = home or self._home
+
+    def loaded(self) -> layout.Known | None:
+        """Where the units of what was loaded lie, which the first save may find unchanged; told once."""
+        uri, self._loaded = self._loaded, None
+        # It is a help, and who cannot have it saves everything.
+        with contextlib.suppress(CheckpointError):
+            return None if uri is None else layout.known(uri, self.settings)
+        return None
 
     @property
     def home(self) -> Home | None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
-from flytekit_ckpt import layout, restoration, scratch, storage, termination
+from flytekit_ckpt import archive, layout, restoration, scratch, storage, termination
 from flytekit_ckpt.asynchronous import SENT_SIZE, AsynchronousSaves, Frozen
 from flytekit_ckpt.entries import EntryInfo
 from flytekit_ckpt.files import file_chunks
@@ -102,6 +102,8 @@ class Checkpoint(BaseCheckpoint):
         self._lock = ForkSafeLock()
         self._saves = Queue()
         self._background: AsynchronousSaves | None = None
+        # The tree that was saved last.
+        self._saved: layout.Known | None = None
         self._resumption.carry_forward.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -338,12 +340,16 @@ class Checkpoint(BaseCheckpoint):
                     self._resumption,
                     save=_save,
                     state=lambda: self,
-                    learn=self._resumption.saved,
+                    learn=self._learn,
                     on_disk=_on_disk,
                     line_up=lambda: _Turn(self._saves),
                 )
                 self._background.prepare()
             return self._background
+
+    def _learn(self, learnt: tuple[layout.Known | None, Home | None]) -> None:
+        self._saved, home = learnt
+        self._resumption.saved(home)
 
     def _frozen(self, content: Savable, *, is_given: bool) -> Frozen:
         if isinstance(content, bytes):
@@ -381,7 +387,7 @@ class Checkpoint(BaseCheckpoint):
             if cancelled.is_set():
                 raise storage.GivenUpError
 
-        dest, settings = self._checkpoint_dest, replace(self._resumption.settings, cancelled=cancelled)
+        settings = replace(self._resumption.settings, cancelled=cancelled)
         options = replace(self._resumption.put_options, step=step)
         chunks: Iterable[Chunk]
         file: Path | None = None
@@ -391,17 +397,50 @@ class Checkpoint(BaseCheckpoint):
         else:
             path = Path(data)
             if path.is_dir():
-                exclude = layout.not_into_itself(dest)
-                size = functools.partial(folder_size, path, exclude)
-                entries = scan_folder(path, exclude)
-                return layout.put_tree(dest, entries, settings, size=size, callback=callback, options=options)[0]
+                return self._save_folder(path, settings, options, callback)
             if not path.is_file():
                 raise layout.not_savable(path)
             length = path.stat().st_size
             file, chunks = path, file_chunks(path, length)
+        self._saved = None
         return layout.put_payload(
-            dest, chunks, settings, size=length, file=file, keep_archives=True, callback=callback, options=options
+            self._checkpoint_dest,
+            chunks,
+            settings,
+            size=length,
+            file=file,
+            keep_archives=True,
+            callback=callback,
+            options=options,
         )
+
+    def _save_folder(
+        self, folder: Path, settings: storage.Settings, options: layout.PutOptions, callback: Callback | None
+    ) -> storage.Written:
+        dest = self._checkpoint_dest
+        exclude = layout.not_into_itself(dest)
+
+        def put(known: layout.Known | None) -> storage.Written:
+            items = archive.unchanged(
+                scan_folder(folder, exclude), known.units if known else [], is_verified=self._resumption.is_verified
+            )
+            written, units = layout.put_tree(
+                dest,
+                items,
+                settings,
+                size=functools.partial(folder_size, folder, exclude),
+                previous=None if known is None else known.previous(settings),
+                callback=callback,
+                options=options,
+            )
+            self._saved = layout.Known(layout.written_uri(dest), written, units)
+            return written
+
+        # Where somebody has replaced or removed what the units lie in, everything is saved anew.
+        with contextlib.suppress(storage.ConflictError):
+            return put(self._saved or self._resumption.loaded())
+        self._saved = None
+        return put(None)
 
 
 class AsyncCheckpoint(Checkpoint):
@@ -440,12 +479,14 @@ class AsyncCheckpoint(Checkpoint):
         self.save_async(data, move=move, callback=callback)
 
 
-def _save(checkpoint: Checkpoint, contents: Sequence[Savable], callback: Callback | None = None) -> Home | None:
+def _save(
+    checkpoint: Checkpoint, contents: Sequence[Savable], callback: Callback | None = None
+) -> tuple[layout.Known | None, Home | None]:
     """Save one thing after the other; done in another process."""
     with layout.in_background():
         for content in contents:
             checkpoint._save_now(content, callback, threading.Event())
-    return checkpoint._resumption.home
+    return checkpoint._saved, checkpoint._resumption.home
 
 
 def _on_disk(content: Savable) -> Frozen:

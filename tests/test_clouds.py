@@ -485,7 +485,7 @@ def test_what_has_ranges_of_an_object_does_not_replace_another(cloud: Place, len
         store(cloud, item.uri, b"theirs")
 
     with pytest.raises(storage.ConflictError):
-        item.put(chunks(), previous=before, replaced=before)
+        item.put(chunks(), previous=storage.Previous(item, before), replaced=before)
     assert content(item) == b"theirs"
 
 

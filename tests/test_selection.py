@@ -21,6 +21,7 @@ from flytekit_ckpt.archive import index, units
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError
 from flytekit_ckpt.members import NOTE_SIZE, crc32, note
 from flytekit_ckpt.patterns import Patterns
+from flytekit_ckpt.pipeline import Range
 from flytekit_ckpt.storage import LocalObject, S3Object
 from flytekit_ckpt.v2 import Checkpoint
 from tests import tars
@@ -165,8 +166,8 @@ def test_only_what_is_wanted_is_fetched(s3: Place, training: Path, monkeypatch: 
     read: list[int] = []
     original = S3Object._fetch
 
-    def counted(self: S3Object, place: str, length: int, version: str | None = None) -> object:
-        piece = original(self, place, length, version)
+    def counted(self: S3Object, part: Range, version: str | None) -> object:
+        piece = original(self, part, version)
         read.append(sum(map(len, piece.chunks)))
         return piece
 

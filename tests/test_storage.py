@@ -357,7 +357,7 @@ def test_ranges_are_taken_from_the_object_before(root: Place) -> None:
         Range(9, 0),
         b"end",
     ]
-    again = item.put(new, previous=written)
+    again = item.put(new, previous=storage.Previous(item, written))
     wanted = b"head" + NOISE[3 : size + 8] + b"middle" + NOISE[1:3] + b"end"
     assert again.size == len(wanted)
     assert content(item.get()) == wanted
@@ -368,7 +368,7 @@ def test_large_ranges_are_copied_by_the_server(s3: Place, monkeypatch: pytest.Mo
     item = S3Object(s3.uri(), s3.settings)
     written = item.put([NOISE])
     made = requests(item, monkeypatch)
-    item.put([b"head", Range(0, len(NOISE))], previous=written)
+    item.put([b"head", Range(0, len(NOISE))], previous=storage.Previous(item, written))
     # The bytes that the first part lacks are the only ones fetched.
     assert sorted(set(made) - {"head_object"}) == [
         "complete_multipart_upload",
@@ -390,7 +390,7 @@ def test_ranges_of_an_object_that_someone_replaced_are_an_error(
     theirs = NOISE[::-1]
     storage.at(item.uri, root.settings).put([theirs])
     with pytest.raises(storage.ConflictError):
-        item.put([*head, Range(0, length)], previous=written, replaced=written)
+        item.put([*head, Range(0, length)], previous=storage.Previous(item, written), replaced=written)
     assert content(item.get()) == theirs
     with pytest.raises(storage.ConflictError):
         b"".join(item.get_range(Range(0, 10), written))

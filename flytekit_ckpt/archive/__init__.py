@@ -4,8 +4,9 @@ Nothing here knows a URI. An archive is produced and consumed as an iterator of 
 (or downloading and unpacking) overlap and neither an archive nor a large file is ever in memory.
 """
 
-from flytekit_ckpt.archive.packing import end_of_archive, pack
+from flytekit_ckpt.archive.packing import Item, end_of_archive, pack
 from flytekit_ckpt.archive.reading import read
+from flytekit_ckpt.archive.unchanged import unchanged
 from flytekit_ckpt.archive.units import Unit
 
-__all__ = ["Unit", "end_of_archive", "pack", "read"]
+__all__ = ["Item", "Unit", "end_of_archive", "pack", "read", "unchanged"]

@@ -7,6 +7,7 @@ or was left out, costs a reading through. What an entry is, its header in the ar
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -122,6 +123,8 @@ def decoded(found: bytes) -> list[Unit] | None:
     try:
         units = list(_units(content))
     except (struct.error, ValueError, CorruptCheckpointError):
+        return None
+    if any(unit.last >= following.first for unit, following in itertools.pairwise(units)):
         return None
     # What no unit holds is the end of the archive, and nothing else.
     rest = end.start - sum(unit.length for unit in units)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import struct
 import tarfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from flytekit_ckpt.archive import index
+from flytekit_ckpt.archive.unchanged import Compared, Unchanged
 from flytekit_ckpt.archive.units import Member, Unit
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.files import OpenFile
-from flytekit_ckpt.members import MEMBER_SIZE, member, stated_crc32
+from flytekit_ckpt.members import MEMBER_SIZE, crc32, member, stated_crc32
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Range, in_order, processors
 
 if TYPE_CHECKING:
@@ -27,8 +29,12 @@ LARGE_ENTRY = MEMBER_SIZE // 4
 """Bytes of content from which on an entry has members of its own."""
 
 
+Item = Entry | Unit | Unchanged | Compared
+"""What an archive can be made of."""
+
+
 def pack(
-    items: Iterable[Entry | Unit],
+    items: Iterable[Item],
     *,
     memory: int = MEMORY_BUDGET,
     record: Callable[[Unit], object] = lambda _: None,
@@ -39,7 +45,7 @@ def pack(
 
     Parameters
     ----------
-    items : iterable of Entry or Unit
+    items : iterable of Entry, Unit, Unchanged or Compared
         What the archive will hold.
     memory : int
         Bytes that the members under way may take.
@@ -70,15 +76,22 @@ def pack(
     entries: list[Entry] = []
     members: list[Member] = []
     for plan, data in in_order(_Packer(), plans, threads=threads, memory=memory):
-        if members and (isinstance(plan, Unit) or not plan.continues):
+        if members and (not isinstance(plan, _Plan) or not plan.continues):
             add(Unit.of(position, entries, members))
             entries, members = [], []
-        if isinstance(plan, Unit):
-            yield Range(plan.start, plan.length)
-            add(replace(plan, start=position))
+        if not isinstance(plan, _Plan):
+            unit = plan.unit if isinstance(plan, Unchanged) else plan
+            yield Range(unit.start, unit.length)
+            add(replace(unit, start=position))
+            progress(plan.size if isinstance(plan, Unchanged) else 0)
             continue
         progress(plan.content)
         entries += plan.entries
+        if plan.earlier is not None and data is None:
+            members.append(plan.earlier)
+            yield Range(plan.earlier_start, plan.earlier.length)
+            continue
+        assert data is not None
         members.append(Member(len(data), plan.size, stated_crc32(data)))
         yield data
     if members:
@@ -112,21 +125,40 @@ class _Slice:
 
 @dataclass
 class _Plan:
-    """A member to be: pieces of the tar stream, some of them still on the disk."""
+    """A member to be: pieces of the tar stream, some of them still on the disk.
+
+    Attributes
+    ----------
+    continues : bool
+        Whether it belongs to the unit of the plan before.
+    pieces : list
+        What it is made of.
+    size, content : int
+        Bytes of all pieces, and of those that are content of files.
+    entries : list of Entry
+        Those that begin in it.
+    earlier : Member, optional
+        The member of an earlier archive that it may be the same as, and where that lies.
+    """
 
     continues: bool = False
     pieces: list[bytes | memoryview | _Slice] = field(default_factory=list)
     size: int = 0
     content: int = 0
     entries: list[Entry] = field(default_factory=list)
+    earlier: Member | None = None
+    earlier_start: int = 0
 
     def add(self, piece: bytes | memoryview | _Slice) -> None:
         self.pieces.append(piece)
         self.size += len(piece)
 
 
-def _cost(plan: _Plan | Unit) -> int:
-    return 0 if isinstance(plan, Unit) else 2 * plan.size
+_Carried = Unit | Unchanged
+
+
+def _cost(plan: _Plan | _Carried) -> int:
+    return 2 * plan.size if isinstance(plan, _Plan) else 0
 
 
 class _Planner:
@@ -135,14 +167,43 @@ class _Planner:
     def __init__(self) -> None:
         self._plan = _Plan()
 
-    def plans(self, items: Iterable[Entry | Unit]) -> Iterator[_Plan | Unit]:
+    def plans(self, items: Iterable[Item]) -> Iterator[_Plan | _Carried]:
         for item in items:
-            if isinstance(item, Unit):
-                yield from self._finish()
-                yield item
-            else:
+            if isinstance(item, Entry):
                 yield from self._add(item)
+                continue
+            yield from self._finish()
+            if isinstance(item, Compared):
+                yield from self._add_compared(item)
+            else:
+                yield item
         yield from self._finish()
+
+    def _add_compared(self, item: Compared) -> Iterator[_Plan]:
+        """Divide entries as they were divided before."""
+        pieces: deque[tuple[bytes | memoryview | _Slice, bool]] = deque()
+        for entry in item.entries:
+            pieces.append((_tar_header(entry.info), False))
+            pieces.extend((piece, True) for piece in _content_to_pack(entry, is_large=len(item.entries) == 1))
+            pieces.append((bytes(-entry.info.size % tarfile.BLOCKSIZE), False))
+        members = item.unit.members
+        if sum(len(piece) for piece, _ in pieces) != sum(earlier.size for earlier in members):
+            for entry in item.entries:
+                yield from self._add(entry)
+            return
+        start = item.unit.start
+        for number, earlier in enumerate(members):
+            plan = _Plan(number > 0, earlier=earlier, earlier_start=start)
+            plan.entries = [] if number else item.entries
+            while plan.size < earlier.size:
+                piece, is_content = pieces.popleft()
+                taken, rest = piece[: earlier.size - plan.size], piece[earlier.size - plan.size :]
+                plan.add(taken)
+                plan.content += len(taken) if is_content else 0
+                if len(rest):
+                    pieces.appendleft((rest, is_content))
+            yield plan
+            start += earlier.length
 
     def _add(self, entry: Entry) -> Iterator[_Plan]:
         header = _tar_header(entry.info)
@@ -229,9 +290,10 @@ class _Packer:
     def __init__(self) -> None:
         self._spare: list[bytearray] = []
 
-    def __call__(self, plan: _Plan | Unit) -> tuple[_Plan | Unit, bytes]:
-        if isinstance(plan, Unit):
-            return plan, b""
+    def __call__(self, plan: _Plan | _Carried) -> tuple[_Plan | _Carried, bytes | None]:
+        """Make the member; none for what is to be carried over."""
+        if not isinstance(plan, _Plan):
+            return plan, None
         try:
             buffer = self._spare.pop()
         except IndexError:
@@ -249,6 +311,7 @@ class _Packer:
                 place[:] = piece
             position += len(piece)
         plan.pieces.clear()
-        data = member(view)
+        is_same = plan.earlier is not None and plan.earlier.crc32 == crc32(view)
+        data = None if is_same else member(view)
         self._spare.append(buffer)
         return plan, data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +11,7 @@ from typing import NamedTuple
 
 from flytekit_ckpt.entries import KINDS, Entry, EntryInfo
 from flytekit_ckpt.errors import CorruptCheckpointError
-from flytekit_ckpt.members import deflated, inflated_exactly
+from flytekit_ckpt.members import MEMBER_LIMIT, deflated, inflated_exactly
 
 LISTING_LIMIT = 4 << 20
 """Bytes that a unit's listing may take: an entry's header takes more of a member, so that no unit's is larger."""
@@ -54,6 +56,8 @@ class Unit:
         The members; see `members`.
     packed_entries : bytes
         What is known of the entries; see `entries`.
+    seen : bytes
+        What was seen of the files that were packed, as `seen` gives it; blank if they may change unseen.
     """
 
     first: list[str]
@@ -63,6 +67,7 @@ class Unit:
     length: int
     packed_members: bytes
     packed_entries: bytes
+    seen: bytes = b""
 
     @classmethod
     def of(cls, start: int, entries: Sequence[Entry], members: Sequence[Member]) -> Unit:
@@ -75,6 +80,7 @@ class Unit:
             sum(member.length for member in members),
             b"".join(_MEMBER.pack(*member) for member in members),
             _listing(entries),
+            seen(entries) if all(entry.identity is None or entry.identity.is_settled for entry in entries) else b"",
         )
 
     @classmethod
@@ -87,12 +93,16 @@ class Unit:
             If the description is damaged.
         """
         unit = cls([], [], parts, start, 0, packed_members, packed_entries)
-        names = [entry.name for entry in unit.entries()]
+        keys = [entry.name.split("/") for entry in unit.entries()]
+        if any(key >= following for key, following in itertools.pairwise(keys)):
+            raise _damaged()
         try:
-            length = sum(member.length for member in unit.members)
+            members = unit.members
         except struct.error as error:
             raise _damaged() from error
-        return replace(unit, first=names[0].split("/"), last=names[-1].split("/"), length=length)
+        if any(member.size > MEMBER_LIMIT for member in members):
+            raise _damaged()
+        return replace(unit, first=keys[0], last=keys[-1], length=sum(member.length for member in members))
 
     @property
     def members(self) -> list[Member]:
@@ -122,6 +132,18 @@ class Unit:
             if kind is None:
                 raise _damaged()
             yield EntryInfo(name, kind, numbers[index], numbers[count + index])
+
+
+def seen(entries: Sequence[Entry]) -> bytes:
+    """Sum up what can be seen of files without reading them; blank if one of the entries is made of something else."""
+    digest = hashlib.blake2b(digest_size=16)
+    for entry in entries:
+        info = entry.info
+        if info.isreg() and entry.identity is None:
+            return b""
+        told = (info.name, info.type, info.mode, info.size, entry.mtime_ns, info.linkname, entry.part)
+        digest.update(repr((told, entry.identity and entry.identity[:3])).encode("utf-8", "surrogateescape"))
+    return digest.digest()
 
 
 def _listing(entries: Sequence[Entry]) -> bytes:

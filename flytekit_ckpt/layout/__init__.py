@@ -6,8 +6,9 @@ tree whose one member, `payload`, is marked.
 """
 
 from flytekit_ckpt.layout.destination import copy, is_linked, link, look, state
-from flytekit_ckpt.layout.locations import check_is_outside, not_into_itself
+from flytekit_ckpt.layout.locations import check_is_outside, not_into_itself, written_uri
 from flytekit_ckpt.layout.reading import get, get_unit
+from flytekit_ckpt.layout.selection import Known, known
 from flytekit_ckpt.layout.shapes import (
     CARRIED,
     LEGACY_PAYLOAD_NAME,
@@ -35,6 +36,7 @@ __all__ = [
     "RESUMED",
     "Event",
     "Found",
+    "Known",
     "Origin",
     "Payload",
     "PutOptions",
@@ -46,6 +48,7 @@ __all__ = [
     "get_unit",
     "in_background",
     "is_linked",
+    "known",
     "link",
     "log_nothing",
     "look",
@@ -56,4 +59,5 @@ __all__ = [
     "put_tree",
     "sized",
     "state",
+    "written_uri",
 ]

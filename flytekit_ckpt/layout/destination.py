@@ -10,8 +10,10 @@ from flytekit_ckpt import storage
 from flytekit_ckpt.layout.locations import located, written_uri
 from flytekit_ckpt.layout.loose import local_folder, remote_folder
 from flytekit_ckpt.layout.reading import get, meaning
-from flytekit_ckpt.layout.shapes import CARRIED, Payload, Tree, naming
+from flytekit_ckpt.layout.selection import indexed, selected
+from flytekit_ckpt.layout.shapes import CARRIED, SHAPE, Payload, Tree, naming
 from flytekit_ckpt.layout.writing import PutOptions, put_payload, put_tree
+from flytekit_ckpt.patterns import EVERYTHING
 from flytekit_ckpt.storage import Settings
 
 
@@ -48,6 +50,9 @@ def look(
             return None, remote_folder(uri, settings) if seen.has_files else None
         if CARRIED in seen.metadata or is_carried(seen):
             return seen.object, None
+        if seen.metadata.get(SHAPE) != "payload" and (known := indexed(target)) is not None:
+            entries = selected(target, known, EVERYTHING, settings, lambda chunks: chunks)
+            return known.written, Tree(entries, known.written.version, known.metadata, known.units)
         stored = target.get()
         # Unless somebody has removed it in between.
         if stored is not None:

@@ -13,7 +13,7 @@ from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError, UnsafeCheckpointError
 from flytekit_ckpt.layout.locations import located, written_uri
 from flytekit_ckpt.layout.loose import local_folder, remote_folder, reporting_files
-from flytekit_ckpt.layout.selection import Indexed, indexed, selected, size_of
+from flytekit_ckpt.layout.selection import Known, indexed, selected, size_of
 from flytekit_ckpt.layout.shapes import CRC32, SHAPE, Payload, Tree, naming, reporting
 from flytekit_ckpt.patterns import Patterns
 from flytekit_ckpt.pipeline import Callback, Chunk, Range
@@ -72,7 +72,7 @@ def _whole(
 
 
 def _selected(
-    target: storage.StoredObject, found: Indexed, only: Patterns, settings: Settings, callback: Callback | None
+    target: storage.StoredObject, found: Known, only: Patterns, settings: Settings, callback: Callback | None
 ) -> Tree:
     """A tree whose index has been read."""
 
@@ -86,7 +86,7 @@ def _selected(
             message = f"cannot read {storage.public(target.uri)}: another writer has replaced it meanwhile. Try again"
             raise StorageError(message) from error
 
-    return Tree(_named(target.uri, entries()), found.object.version, found.metadata, found.units)
+    return Tree(_named(target.uri, entries()), found.written.version, found.metadata, found.units)
 
 
 def _chosen(found: Payload | Tree | None, only: Patterns | None) -> Payload | Tree | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flytekit_ckpt import archive, storage
 from flytekit_ckpt.archive import Unit, index
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CorruptCheckpointError
+from flytekit_ckpt.layout.locations import located
 from flytekit_ckpt.patterns import Patterns
 from flytekit_ckpt.pipeline import Chunk, Range
 from flytekit_ckpt.storage import Settings
@@ -24,25 +25,32 @@ RUN = 64 << 20
 
 
 @dataclass(frozen=True)
-class Indexed:
-    """An object whose index has been read.
+class Known:
+    """An object that holds a tree, and where its units lie.
 
     Attributes
     ----------
-    object : Written
-        The object, as it was written.
-    metadata : mapping
-        What was described when it was written.
+    uri : str
+        The object.
+    written : Written
+        It, as it was written.
     units : list of Unit
         What it holds.
+    metadata : mapping
+        What was described when it was written.
     """
 
-    object: storage.Written
-    metadata: storage.Metadata
+    uri: str
+    written: storage.Written
     units: list[Unit]
+    metadata: storage.Metadata = field(default_factory=dict)
+
+    def previous(self, settings: Settings) -> storage.Previous:
+        """Name the object that the units lie in."""
+        return storage.Previous(storage.at(self.uri, settings), self.written)
 
 
-def indexed(target: storage.StoredObject) -> Indexed | None:
+def indexed(target: storage.StoredObject) -> Known | None:
     """Read an object's index; `None` if there is no object, or it has none that is whole."""
     # What was replaced in between is read through, whatever it is.
     with contextlib.suppress(storage.ConflictError):
@@ -56,13 +64,21 @@ def indexed(target: storage.StoredObject) -> Indexed | None:
             missing = Range(place.start, place.length - len(tail.content))
             content = b"".join((*target.get_range(missing, tail.object), tail.content))
         units = index.decoded(content)
-        return None if units is None else Indexed(tail.object, tail.metadata, units)
+        return None if units is None else Known(target.uri, tail.object, units, tail.metadata)
     return None
+
+
+def known(uri: str, settings: Settings) -> Known | None:
+    """Read where the units of a tree lie that has been loaded; `None` if it has no index."""
+    path, is_folder = located(uri)
+    if path is not None and is_folder:
+        return None
+    return indexed(storage.at(uri if path is None else str(path), settings))
 
 
 def selected(
     target: storage.StoredObject,
-    found: Indexed,
+    found: Known,
     only: Patterns,
     settings: Settings,
     passing: Callable[[Iterator[Chunk]], Iterator[Chunk]],
@@ -73,7 +89,7 @@ def selected(
     ----------
     target : StoredObject
         The object.
-    found : Indexed
+    found : Known
         What its index says.
     only : Patterns
         Which entries are wanted.
@@ -91,7 +107,7 @@ def selected(
     """
     for run in _runs(found.units, only):
         missing = {entry.name for unit in run for entry in unit.entries() if only.match(entry.name)}
-        members = passing(target.get_range(Range(run[0].start, _length(run)), found.object))
+        members = passing(target.get_range(Range(run[0].start, _length(run)), found.written))
         for entry in archive.read(itertools.chain(members, [archive.end_of_archive()]), memory=settings.share):
             if only.match(entry.name):
                 missing.discard(entry.name)
@@ -101,7 +117,7 @@ def selected(
             raise CorruptCheckpointError(message)
 
 
-def size_of(found: Indexed, only: Patterns) -> int:
+def size_of(found: Known, only: Patterns) -> int:
     """Tell how many bytes of the object `selected` will read."""
     return sum(map(_length, _runs(found.units, only)))
 

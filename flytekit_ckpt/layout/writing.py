@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from flytekit_ckpt import archive, members, storage
-from flytekit_ckpt.archive import Unit
-from flytekit_ckpt.entries import PAYLOAD_KEY, Entry, stream_entry
+from flytekit_ckpt.archive import Item, Unit
+from flytekit_ckpt.entries import PAYLOAD_KEY, stream_entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.files import file_chunks
 from flytekit_ckpt.layout.locations import written_uri
@@ -148,27 +148,27 @@ def _tree_described() -> storage.Metadata:
 
 def put_tree(
     uri: str,
-    items: Iterable[Entry | Unit],
+    items: Iterable[Item],
     settings: Settings,
     *,
     size: Callable[[], int],
-    carried: storage.Written | None = None,
+    previous: storage.Previous | None = None,
     callback: Callback | None = None,
     options: PutOptions | None = None,
 ) -> tuple[storage.Written, list[Unit]]:
-    """Store sorted entries, and units of the object that is there, as a tree.
+    """Store sorted entries, and units of another object, as a tree.
 
     Parameters
     ----------
     uri : str
         The object.
-    items : iterable of Entry or Unit
+    items : iterable of archive.Item
         What the tree will hold.
     settings : Settings
         How the object is reached.
     size : callable
         Returns about how many bytes of file content the entries have.
-    carried : storage.Written, optional
+    previous : storage.Previous, optional
         The object that the units lie in.
     callback : fsspec callback, optional
         Progress callback, called with the bytes of file content.
@@ -189,7 +189,7 @@ def put_tree(
         record=units.append,
         progress=callback.relative_update if callback is not None else lambda _: None,
     )
-    before = 0 if carried is None else carried.size
+    before = 0 if previous is None else previous.written.size
     written = _put(
         uri,
         packed,
@@ -197,7 +197,7 @@ def put_tree(
         "tree",
         options or PutOptions(),
         size=lambda: size() + before,
-        previous=carried,
+        previous=previous,
         describe=_tree_described,
     )
     return written, units
@@ -226,7 +226,7 @@ def _put(
     *,
     size: Callable[[], int] | None,
     describe: Callable[[], storage.Metadata],
-    previous: storage.Written | None = None,
+    previous: storage.Previous | None = None,
 ) -> storage.Written:
     started = time.perf_counter()
     target = storage.at(written_uri(uri), settings)

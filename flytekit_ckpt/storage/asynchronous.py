@@ -17,7 +17,17 @@ from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import Chunk, Range
 from flytekit_ckpt.storage.failures import ConflictError, s3_code
 from flytekit_ckpt.storage.general import in_folders
-from flytekit_ckpt.storage.objects import ANYTHING, PART_SIZE, Metadata, Replaced, State, Stored, StoredObject, Written
+from flytekit_ckpt.storage.objects import (
+    ANYTHING,
+    PART_SIZE,
+    Metadata,
+    Previous,
+    Replaced,
+    State,
+    Stored,
+    StoredObject,
+    Written,
+)
 from flytekit_ckpt.storage.requested import UPLOAD, RequestedObject
 
 
@@ -79,7 +89,7 @@ class AsyncObject(RequestedObject):
         self,
         chunks: Iterator[Chunk | Range],
         size: Callable[[], int] | None,
-        previous: Written | None,
+        previous: Previous | None,
         describe: Callable[[], Metadata],
         replaced: Replaced,
     ) -> Written:

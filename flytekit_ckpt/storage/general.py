@@ -16,6 +16,7 @@ from flytekit_ckpt.storage.objects import (
     ANYTHING,
     PART_SIZE,
     Metadata,
+    Previous,
     Replaced,
     Settings,
     State,
@@ -51,7 +52,7 @@ class FsspecObject(StoredObject):
         self,
         chunks: Iterator[Chunk | Range],
         size: Callable[[], int] | None,  # noqa: ARG002 - its filesystem divides the object as it will
-        previous: Written | None,
+        previous: Previous | None,
         describe: Callable[[], Metadata],  # noqa: ARG002 - every store has its own way to keep it, if any
         replaced: Replaced,
     ) -> Written:
@@ -82,14 +83,6 @@ class FsspecObject(StoredObject):
             raise
         with self._reporting("read"):
             return Written(written, _info_version(filesystem.info(key)))
-
-    def _all_bytes(self, chunks: Iterator[Chunk | Range], previous: Written | None) -> Iterator[Chunk]:
-        """Read the ranges among the chunks."""
-        for chunk in chunks:
-            if isinstance(chunk, Range):
-                yield from self.get_range(chunk, previous or Written(0, None))
-            else:
-                yield chunk
 
     def _compare(self, replaced: Replaced) -> None:
         """Refuse to go on if something else is there than what is to be replaced."""

@@ -16,7 +16,17 @@ from flytekit_ckpt.files import COPY_SIZE, FileWriter, cloned, copy_part
 from flytekit_ckpt.pipeline import Chunk, Range, in_order
 from flytekit_ckpt.storage import slots
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError
-from flytekit_ckpt.storage.objects import Anything, Metadata, Replaced, Settings, State, Stored, StoredObject, Written
+from flytekit_ckpt.storage.objects import (
+    Anything,
+    Metadata,
+    Previous,
+    Replaced,
+    Settings,
+    State,
+    Stored,
+    StoredObject,
+    Written,
+)
 
 LOCAL_SIZE = 256 << 10
 """Bytes read from a local file at a time: few, so that the same memory is used again and again."""
@@ -38,10 +48,12 @@ class LocalObject(StoredObject):
         self,
         chunks: Iterator[Chunk | Range],
         size: Callable[[], int] | None,  # noqa: ARG002 - a file grows as it will
-        previous: Written | None,
+        previous: Previous | None,
         describe: Callable[[], Metadata],
         replaced: Replaced,
     ) -> Written:
+        if previous is not None and not isinstance(previous.object, LocalObject):
+            chunks = self._all_bytes(chunks, previous)
         old: list[io.FileIO] = []
         with contextlib.ExitStack() as files:
             file, finish = files.enter_context(self._replacing())
@@ -56,7 +68,9 @@ class LocalObject(StoredObject):
             def sized() -> Iterator[tuple[int, Chunk | Range]]:
                 for chunk in chunks:
                     if isinstance(chunk, Range) and not old:
-                        old.append(files.enter_context(self._opened(previous)))
+                        assert isinstance(previous, Previous)
+                        assert isinstance(previous.object, LocalObject)
+                        old.append(files.enter_context(previous.object._opened(previous.written)))
                     yield 0 if isinstance(chunk, Range) else len(chunk), chunk
 
             # In a thread, so that what follows is packed meanwhile.
@@ -117,14 +131,14 @@ class LocalObject(StoredObject):
         finally:
             os.close(folder)
 
-    def _opened(self, written: Written | None) -> io.FileIO:
+    def _opened(self, written: Written) -> io.FileIO:
         """Open the file, if it is still the one that was written."""
         with self._reporting("read"):
             try:
                 file = self._path.open("rb", buffering=0)
             except FileNotFoundError:
                 raise ConflictError from None
-            if written is None or _file_version(os.fstat(file.fileno())) != written.version:
+            if _file_version(os.fstat(file.fileno())) != written.version:
                 file.close()
                 raise ConflictError
             return file

@@ -8,6 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from flytekit_ckpt.options import StateOptions, StorageOptions
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Chunk, Range, in_order
@@ -104,6 +105,17 @@ class Written:
     crc32: str | None = field(default=None, compare=False)
 
 
+class Previous(NamedTuple):
+    """An object that ranges are taken from, and what it was when it was written."""
+
+    object: StoredObject
+    written: Written
+
+    def get_range(self, part: Range) -> Iterator[Chunk]:
+        """Read a range."""
+        return self.object.get_range(part, self.written)
+
+
 @dataclass(frozen=True)
 class Tail:
     """The last bytes of an object: the object as it was written, its metadata, and the bytes."""
@@ -165,7 +177,7 @@ class StoredObject(ABC):
         chunks: Iterable[Chunk | Range],
         *,
         size: Callable[[], int] | None = None,
-        previous: Written | None = None,
+        previous: Previous | None = None,
         describe: Callable[[], Metadata] = dict,
         replaced: Replaced = ANYTHING,
     ) -> Written:
@@ -176,10 +188,10 @@ class StoredObject(ABC):
         Parameters
         ----------
         chunks : iterable of bytes or Range
-            The content; a range is taken from the object that is there now.
+            The content; a range is taken from another object, or from the one that is there now.
         size : callable, optional
             Returns about how many bytes there will be. Called only if they are many.
-        previous : Written, optional
+        previous : Previous, optional
             The object that ranges are taken from, as it was written.
         describe : callable, optional
             Returns metadata for the object. Called as late as the storage can take it: after the last chunk was taken
@@ -331,10 +343,20 @@ class StoredObject(ABC):
         self,
         chunks: Iterator[Chunk | Range],
         size: Callable[[], int] | None,
-        previous: Written | None,
+        previous: Previous | None,
         describe: Callable[[], Metadata],
         replaced: Replaced,
     ) -> Written: ...
+
+    @staticmethod
+    def _all_bytes(chunks: Iterator[Chunk | Range], previous: Previous | None) -> Iterator[Chunk]:
+        """Read the ranges among the chunks."""
+        for chunk in chunks:
+            if isinstance(chunk, Range):
+                assert previous is not None
+                yield from previous.get_range(chunk)
+            else:
+                yield chunk
 
     def _in_order(
         self, fetch: Callable[[Range], list[bytes]], part: Range, size: int, threads: int = CONCURRENCY

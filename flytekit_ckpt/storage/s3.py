@@ -19,6 +19,7 @@ from flytekit_ckpt.storage.objects import (
     CONCURRENCY,
     PART_SIZE,
     Metadata,
+    Previous,
     Replaced,
     StoredObject,
     Written,
@@ -50,21 +51,25 @@ class S3Object(S3Reader):
         self,
         chunks: Iterator[Chunk | Range],
         size: Callable[[], int] | None,
-        previous: Written | None,
+        previous: Previous | None,
         describe: Callable[[], Metadata],
         replaced: Replaced,
     ) -> Written:
+        if previous is not None and not isinstance(previous.object, S3Object):
+            chunks = self._all_bytes(chunks, previous)
+
         def fetched(part: Range) -> Iterator[Chunk]:
-            return self.get_range(part, previous or Written(0, None))
+            assert previous is not None
+            return previous.get_range(part)
 
         parts = divide(chunks, size, fetched)
         try:
             head = list(itertools.islice(parts, 2))
             if len(head) == 1 and isinstance(head[0], bytes):
                 return self._put_whole(head[0], describe(), replaced)
-            return self._put_parts(itertools.chain(head, parts), describe(), self._key, previous, replaced)
+            return self._put_parts(itertools.chain(head, parts), describe(), previous, replaced)
         except StorageError as error:
-            if replaced is not ANYTHING and s3_code(error) in CHANGED:
+            if (replaced is not ANYTHING or previous is not None) and s3_code(error) in CHANGED:
                 raise ConflictError from error
             raise
 
@@ -99,11 +104,10 @@ class S3Object(S3Reader):
         self,
         parts: Iterable[bytes | Range],
         metadata: Metadata,
-        source: str,
-        previous: Written | None,
+        previous: Previous | None,
         replaced: Replaced,
     ) -> Written:
-        """Upload an object in parts; ranges are those of the object with the key `source`, as it was written."""
+        """Upload an object in parts; ranges are those of another object, as it was written."""
         token = uuid.uuid4().hex
         with self._reporting("write"):
             described = prefixed({**metadata, UPLOAD: token})
@@ -114,7 +118,8 @@ class S3Object(S3Reader):
             arguments = {"UploadId": upload, "PartNumber": number}
             with self._reporting("write"):
                 if isinstance(body, Range):
-                    tag = self._copy_part(source, body, previous, arguments)
+                    assert previous is not None
+                    tag = self._copy_part(previous, body, arguments)
                     return body.length, {"PartNumber": number, "ETag": tag}
                 answer = self._call("upload_part", moved=len(body), Body=body, **arguments)
                 return len(body), {"PartNumber": number, "ETag": answer["ETag"]}
@@ -125,8 +130,8 @@ class S3Object(S3Reader):
             )
             sent = list(in_order(send, numbered, threads=CONCURRENCY, memory=self._settings.share))
             with self._reporting("write"):
-                if previous is not None:
-                    self._at(source)._check(previous)
+                if previous is not None and isinstance(previous.object, S3Object):
+                    previous.object._check(previous.written)
                 version = self._complete(upload, [part for _, part in sent], token, replaced)
         except BaseException:
             self._abort(upload)
@@ -193,14 +198,14 @@ class S3Object(S3Reader):
         self._compare(replaced)
         return request({})
 
-    def _copy_part(self, source: str, part: Range, previous: Written | None, arguments: dict[str, Any]) -> str:
-        bucket, _, key = source.partition("/")
-        assert previous is not None
+    def _copy_part(self, previous: Previous, part: Range, arguments: dict[str, Any]) -> str:
+        assert isinstance(previous.object, S3Object)
+        bucket, _, key = previous.object._key.partition("/")
         answer = self._call(
             "upload_part_copy",
             CopySource={"Bucket": bucket, "Key": key},
             CopySourceRange=f"bytes={part.start}-{part.start + part.length - 1}",
-            CopySourceIfMatch=f'"{previous.version}"',
+            CopySourceIfMatch=f'"{previous.written.version}"',
             **arguments,
         )
         return str(answer["CopyPartResult"]["ETag"])
@@ -226,12 +231,9 @@ class S3Object(S3Reader):
                     raise GivenUpError
                 yield part
 
-        return target._put_parts(parts(), described, self._key, Written(size, version_of(found)), None)
+        return target._put_parts(parts(), described, Previous(self, Written(size, version_of(found))), None)
 
     def _check(self, written: Written) -> None:
         # Not every server looks at the condition under which a part is copied.
         if self._head_version() != written.version:
             raise ConflictError
-
-    def _at(self, key: str) -> S3Object:
-        return self if key == self._key else S3Object(f"s3://{key}", self._settings)

@@ -79,7 +79,7 @@ class S3Reader(RequestedObject):
         return version_of(self._call("head_object"))
 
     def get(self) -> Stored | None:
-        head = self._found(f"bytes=0-{PART_SIZE - 1}", PART_SIZE)
+        head = self._found(Range(0, PART_SIZE))
         if head is None:
             return None
 
@@ -91,16 +91,16 @@ class S3Reader(RequestedObject):
         return Stored(head.size, head.version, chunks(), head.metadata)
 
     def tail(self, size: int) -> Tail | None:
-        tail = self._found(f"bytes=-{size}", size)
+        tail = self._found(Range(-size, size))
         if tail is None:
             return None
         return Tail(Written(tail.size, tail.version), tail.metadata, b"".join(tail.chunks))
 
-    def _found(self, place: str, length: int) -> _Piece | None:
-        """Get up to so many bytes of whatever is there."""
+    def _found(self, part: Range) -> _Piece | None:
+        """Get a part of whatever is there."""
         with self._reporting("read"):
             try:
-                return self._fetch(place, length)
+                return self._fetch(part, None)
             except FileNotFoundError as error:
                 if s3_code(error) == "NoSuchBucket":
                     raise
@@ -123,8 +123,7 @@ class S3Reader(RequestedObject):
     def _pieces(self, part: Range, version: str | None) -> Iterator[Chunk]:
         def fetch(piece: Range) -> list[bytes]:
             with self._reporting("read"):
-                place = f"bytes={piece.start}-{piece.start + piece.length - 1}"
-                return self._fetch(place, piece.length, version).chunks
+                return self._fetch(piece, version).chunks
 
         return self._in_order(fetch, part, PART_SIZE)
 
@@ -156,10 +155,11 @@ class S3Reader(RequestedObject):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
 
-    def _fetch(self, place: str, length: int, version: str | None = None) -> _Piece:
-        """Get up to so many bytes of the object, of that version if one is given; the place is as HTTP names it."""
+    def _fetch(self, part: Range, version: str | None) -> _Piece:
+        """Get a part of the object, of that version if one is given; a negative start counts from the end."""
         bucket, _, key = self._key.partition("/")
-        arguments: dict[str, Any] = {"Range": place}
+        place = f"{part.start}-{part.start + part.length - 1}" if part.start >= 0 else f"{part.start}"
+        arguments: dict[str, Any] = {"Range": f"bytes={place}"}
         if version is not None:
             arguments["IfMatch"] = f'"{version}"'
 
@@ -175,12 +175,12 @@ class S3Reader(RequestedObject):
             finally:
                 body.close()
             first, last, size = map(int, re.findall(r"\d+", answer["ContentRange"]))
-            if sum(map(len, chunks)) != last - first + 1 or last + 1 not in (size, first + length):
+            if sum(map(len, chunks)) != last - first + 1 or last + 1 not in (size, first + part.length):
                 message = "the answer ends early"
                 raise IncompleteAnswerError(message)
             return _Piece(chunks, size, version_of(answer), metadata_of(answer))
 
-        answer: _Piece = self._requested(request, length)
+        answer: _Piece = self._requested(request, part.length)
         return answer
 
     def _call(self, method: str, *, moved: int = 0, headers: Mapping[str, str] | None = None, **arguments: Any) -> Any:
