@@ -18,12 +18,22 @@ from typing import Any
 
 import pytest
 
-from flytekit_ckpt import CheckpointError, StorageError, SyncCheckpoint, adapter, layout, storage, v2
+from flytekit_ckpt import (
+    CheckpointError,
+    CorruptCheckpointError,
+    StorageError,
+    SyncCheckpoint,
+    adapter,
+    layout,
+    storage,
+    v2,
+)
 from flytekit_ckpt.storage import failures, general, s3_client, turns
 from flytekit_ckpt.storage import s3 as s3_objects
 from flytekit_ckpt.storage.s3 import S3Object
 from tests.conftest import Place
 from tests.platforms import Flyte1
+from tests.test_layout import bytes_at
 from tests.trees import look, make
 
 
@@ -196,18 +206,32 @@ def test_another_programs_archive_is_added_to(place: Place, tmp_path: Path, odd:
 
 
 def test_a_damaged_object_at_the_destination_is_an_error_and_stays(place: Place, tmp_path: Path) -> None:
+    """Where it has to be read, because nothing tells where its members lie."""
     uri, files = place.uri(), make(tmp_path / "files", {"a": os.urandom(10_000), "b": b"2"})
     saver(place, uri).save(files / "a")
-    stored = storage.at(uri, place.settings).get()
-    assert stored is not None
-    damaged = bytearray(b"".join(bytes(chunk) for chunk in stored.chunks))
+    damaged = bytearray(bytes_at(place, uri))
     damaged[5000] ^= 1
+    damaged[-20] ^= 1
     storage.at(uri, place.settings).put([bytes(damaged)])
     with pytest.raises(CheckpointError, match=f"{uri} cannot be used"):
         saver(place, uri).save(files / "b")
-    stored = storage.at(uri, place.settings).get()
-    assert stored is not None
-    assert b"".join(stored.chunks) == damaged
+    assert bytes_at(place, uri) == damaged
+
+
+def test_damage_at_the_destination_is_carried_over_as_damage(place: Place, tmp_path: Path) -> None:
+    """What is not read when something is added to it is still found to be damaged when it is loaded."""
+    uri, files = place.uri(), make(tmp_path / "files", {"a": os.urandom(10_000), "b": b"2"})
+    saver(place, uri).save(files / "a")
+    damaged = bytearray(bytes_at(place, uri))
+    damaged[5000] ^= 1
+    storage.at(uri, place.settings).put([bytes(damaged)])
+    saver(place, uri).save(files / "b")
+    loaded = SyncCheckpoint("", uri, storage_options=place.options)
+    with pytest.raises(CorruptCheckpointError, match=f"{uri} cannot be used"):
+        loaded.restore(tmp_path)
+    # What was saved since is not lost for that.
+    assert loaded.restore(tmp_path, only="b") == tmp_path
+    assert (tmp_path / "b").read_bytes() == b"2"
 
 
 class Stream(io.RawIOBase):

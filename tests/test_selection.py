@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from flytekit_ckpt import EntryInfo, SyncCheckpoint, storage
 from flytekit_ckpt.archive import index, units
+from flytekit_ckpt.entries import stream_entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError
 from flytekit_ckpt.members import NOTE_SIZE, crc32, note
 from flytekit_ckpt.patterns import Patterns
@@ -379,23 +380,23 @@ def test_an_index_is_not_trusted_over_the_headers(tmp_path: Path) -> None:
     uri = saved(place, source)
     content = bytes_at(place, uri)
 
-    def swapped(found: list[units.Unit]) -> list[units.Unit]:
-        first, second, third = found
-        return [
-            units.Unit.packed(second.parts, first.start, first.packed_members, second.packed_entries),
-            units.Unit.packed(first.parts, second.start, second.packed_members, first.packed_entries),
-            third,
-        ]
+    def renamed(found: list[units.Unit]) -> list[units.Unit]:
+        entry = stream_entry("bb", [], 5)
+        lie = units.Unit.of(found[1].start, [entry], found[1].members)
+        return [found[0], lie, found[2]]
 
-    damage(place, uri, relisted(content, swapped))
-    with pytest.raises(CorruptCheckpointError, match="its index lists 'a', which it does not hold"):
-        v2_loaded(place, uri, "a")
-    loaded = v2_loaded(place, uri, "c")
+    damage(place, uri, relisted(content, renamed))
+    with pytest.raises(CorruptCheckpointError, match="its index lists 'bb', which it does not hold"):
+        v2_loaded(place, uri, "bb")
+    loaded = v2_loaded(place, uri, ["a", "c"])
     assert loaded is not None
-    assert look(loaded) == {"c": look(source)["c"]}
+    assert set(look(loaded)) == {"a", "c"}
     whole = v2_loaded(place, uri)
     assert whole is not None
     assert look(whole) == look(source)
+    # Out of order, it is no index.
+    damage(place, uri, relisted(content, lambda found: [found[0], found[0], found[2]]))
+    assert v2_listed(place, uri) == told(source)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from flytekit_ckpt.archive import index
-from flytekit_ckpt.archive.unchanged import Compared, Unchanged
+from flytekit_ckpt.archive.reuse import Compared, Unchanged
 from flytekit_ckpt.archive.units import Member, Unit
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CheckpointError
