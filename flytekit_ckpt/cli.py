@@ -148,7 +148,8 @@ def _as_utc(time_ns: int) -> datetime.datetime:
 
 
 def _nothing_at(uri: str) -> click.ClickException:
-    return click.ClickException(f"there is no checkpoint at {uri}")
+    message = f"there is no checkpoint at {uri}"
+    return click.ClickException(message)
 
 
 @contextlib.contextmanager

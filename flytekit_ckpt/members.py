@@ -135,7 +135,7 @@ def inflated_exactly(data: bytes, size: int) -> bytes:
     except _DeflateError as error:
         raise ValueError(error) from error
     if not engine.eof or engine.unused_data or len(content) != size:
-        message = "the compressed data is of another length"
+        message = "its compressed data is damaged or truncated (checksum or length differ)"
         raise ValueError(message)
     return content
 
