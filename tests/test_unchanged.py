@@ -427,8 +427,9 @@ class Saves(RuleBasedStateMachine):
         source = str(self.root / f"{attempt - 1}") if attempt else None
         return (legacy if self.is_legacy else flyte2)(Place(""), str(self.root / f"{attempt}"), source)
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(settles=st.booleans())
+    def begin(self, settles: bool) -> None:
+        self.patch.setattr("flytekit_ckpt.entries.SETTLED_NS", -1 if settles else 2 * 10**9)
         self.checkpoint = self.made(0)
 
     @rule(name=NAMES, size=SIZES)
