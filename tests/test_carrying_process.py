@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 from flytekit_ckpt import SyncCheckpoint, layout
+from flytekit_ckpt.processes import SavingProcess
+from flytekit_ckpt.storage import Settings
 from tests.conftest import Place, filesystem
 
 PROGRAM = """
@@ -93,10 +96,14 @@ def running(source: str, destination: str, body: str) -> Iterator[Program]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+    # Then who reads from it reads on, and fails.
+    watch = threading.Timer(120, process.kill)
+    watch.start()
     with process:
         try:
             yield Program(process)
         finally:
+            watch.cancel()
             process.kill()
 
 
@@ -311,3 +318,18 @@ def test_options_that_mean_nothing_to_another_process_are_used_by_a_thread(s3: P
     assert "True" in lines
     assert not any(line.startswith("process ") for line in lines)
     assert SyncCheckpoint("", destination, storage_options=s3.options).read() == b"5"
+
+
+def test_a_call_that_is_given_up_too_late_disturbs_no_other(tmp_path: Path) -> None:
+    SyncCheckpoint(str(tmp_path / "first")).write(b"5")
+    process = SavingProcess(str(tmp_path))
+    process.begin()
+    assert process._process is not None
+    begun = process._process.pid
+    nothing, first, second = (str(tmp_path / name) for name in ("nothing", "first", "second"))
+    # It never asks: there is nothing to copy.
+    assert process.call(layout.copy, nothing, second, Settings(), given_up=lambda: True) is None
+    assert process.call(layout.copy, first, second, Settings(), given_up=lambda: False) is not None
+    assert process._process.pid == begun
+    process.close()
+    assert SyncCheckpoint("", second).read() == b"5"
