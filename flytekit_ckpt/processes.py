@@ -1,4 +1,4 @@
-"""A process that saves for this one, whose interpreter goes on meanwhile."""
+"""A process that saves and copies for this one, whose interpreter goes on meanwhile."""
 
 from __future__ import annotations
 
