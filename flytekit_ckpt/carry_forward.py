@@ -9,11 +9,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
+import marshal
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flytekit_ckpt import layout, storage
@@ -21,6 +22,7 @@ from flytekit_ckpt.background_saves import finish_at_exit
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.pipeline import WORKERS
+from flytekit_ckpt.processes import ProcessUnavailableError, SavingProcess
 from flytekit_ckpt.storage import Settings
 
 logger = logging.getLogger("flytekit_ckpt")
@@ -50,7 +52,8 @@ _destinations: weakref.WeakValueDictionary[str, _Destination] = weakref.WeakValu
 class CarryForward:
     """Carries one checkpoint forward to a destination, unless something is there or is being saved there.
 
-    At once where that takes no time, as on a local disk; otherwise in the background.
+    At once where that takes no time, as on a local disk; otherwise in the background, by another process where the
+    storage's client is not imported yet: it would take the caller longer than all the rest.
 
     Parameters
     ----------
@@ -169,12 +172,13 @@ class CarryForward:
             return
         if self._has_linked():
             return
-        for uri in (self._source, self._destination):
-            storage.import_client(uri)
+        process = self._other_process()
+        if process is None:
+            self._import_clients()
         pool = concurrent.futures.ThreadPoolExecutor(1, f"{WORKERS}-carry")
         # Unless the interpreter is on its way out.
         with contextlib.suppress(RuntimeError):
-            self._copying = pool.submit(self._copy)
+            self._copying = pool.submit(self._carry, process)
             self._process = os.getpid()
             finish_at_exit(self._copying)
         pool.shutdown(wait=False)
@@ -199,18 +203,35 @@ class CarryForward:
     def _is_given_up(self) -> bool:
         return self._shared.saves > 0
 
-    def _copy(self) -> None:
+    def _other_process(self) -> SavingProcess | None:
+        """Give one that is to copy, where this one would have to import a client."""
+        assert self._source is not None
+        uris = self._source, self._destination
+        missing = [uri for uri in uris if not storage.is_client_imported(uri)]
+        if not missing or not all(map(storage.is_shared, uris)):
+            return None
+        try:
+            # What is made of Python's own types alone is the same everywhere.
+            marshal.dumps(dict(self._settings.options))
+        except ValueError:
+            return None
+        # Until it has copied, an attempt that is killed costs progress: it does not stand back.
+        return SavingProcess(missing[0], niceness=0)
+
+    def _are_clients_imported(self) -> bool:
+        return all(map(storage.is_client_imported, (self._source or "", self._destination)))
+
+    def _import_clients(self) -> None:
+        assert self._source is not None
+        for uri in (self._source, self._destination):
+            storage.import_client(uri)
+
+    def _carry(self, process: SavingProcess | None) -> None:
         assert self._source is not None
         uris = storage.public(self._source), storage.public(self._destination)
         started = time.perf_counter()
         try:
-            with storage.turn(self._destination, self._settings.timeout, self._is_given_up) as sign:
-
-                def given_up() -> bool:
-                    sign()
-                    return self._is_given_up()
-
-                self._copy_made = layout.copy(self._source, self._destination, self._settings, given_up, self._mark)
+            self._copy_made = self._copied() if process is None else self._copied_by(process)
             if self._copy_made is not None:
                 self._shared.is_taken = True
                 logger.info("carried %s forward to %s in %.3f s", *uris, time.perf_counter() - started)
@@ -223,3 +244,38 @@ class CarryForward:
             logger.warning("%s was not carried forward to %s: %s", *uris, error)
         except Exception:
             logger.exception("%s was not carried forward to %s", *uris)
+
+    def _copied(self) -> storage.Written | None:
+        assert self._source is not None
+        return _copy(self._source, self._destination, self._settings, self._mark, given_up=self._is_given_up)
+
+    def _copied_by(self, process: SavingProcess) -> storage.Written | None:
+        try:
+            # Once the task has imported the client, as for a load, nobody is faster than this process.
+            is_ready = process.await_ready(lambda: self._is_given_up() or self._are_clients_imported())
+            if self._is_given_up():
+                raise storage.GivenUpError
+            if is_ready:
+                return process.call(
+                    _copy, self._source, self._destination, self._settings, self._mark, given_up=self._is_given_up
+                )
+        except ProcessUnavailableError as error:
+            logger.info("carrying forward in a thread, as no other process can: %s", error)
+            # In this thread only where nothing else is left: it may be in the way of an import of the task's.
+            self._import_clients()
+        finally:
+            process.close()
+        return self._copied()
+
+
+def _copy(
+    source: str, destination: str, settings: Settings, mark: storage.Metadata, *, given_up: Callable[[], bool]
+) -> storage.Written | None:
+    """Copy a checkpoint in its turn; called in this process or in another one."""
+    with storage.turn(destination, settings.timeout, given_up) as sign:
+
+        def step() -> bool:
+            sign()
+            return given_up()
+
+        return layout.copy(source, destination, settings, step, mark)

@@ -77,7 +77,7 @@ class _Configured(dict[str, Any]):
 
 def _flyte(kind: str) -> Iterator[_Configured]:
     """Give what `flyte.init` was told, if it was told of this kind of store."""
-    if not (_is_imported("flyte") and _is_imported("flyte.storage")):
+    if not (is_imported("flyte") and is_imported("flyte.storage")):
         return
     import flyte.storage
     from flyte._initialize import get_storage
@@ -89,7 +89,7 @@ def _flyte(kind: str) -> Iterator[_Configured]:
             yield _Configured(vars(storage))
 
 
-def _is_imported(name: str) -> bool:
+def is_imported(name: str) -> bool:
     """Tell whether a module has been imported to its end: two threads in the midst of one may block each other."""
     module = sys.modules.get(name)
     return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
@@ -108,7 +108,7 @@ def _environment() -> _Configured:
 
 def _flytekit(kind: str) -> Iterator[_Configured]:
     """Give flytekit's configuration for a kind of store."""
-    if not _is_imported("flytekit"):
+    if not is_imported("flytekit"):
         return
     from flytekit.core.context_manager import FlyteContextManager
 

@@ -1,4 +1,4 @@
-"""A process that saves for this one, whose interpreter goes on meanwhile."""
+"""A process that saves and copies for this one, whose interpreter goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ from flytekit_ckpt.storage import Surroundings
 
 logger = logging.getLogger("flytekit_ckpt")
 
+_INTERVAL = 0.02
+"""Seconds between two questions whether a call is given up."""
+
+_STOP = b""
+"""Sent in the place of a request while one is worked on: it is given up."""
+
 NICENESS = 10
 """How far behind the caller's own threads it stands where there are not cores enough: it gets a tenth of one."""
 
@@ -41,16 +47,20 @@ class SavingProcess:
     ----------
     uri : str
         Where it will save to, for which it makes itself ready.
+    niceness : int, default NICENESS
+        How far behind the caller's own threads it stands.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, niceness: int = NICENESS) -> None:
         self._uri = uri
+        self._niceness = niceness
         self._forget()
         _all.add(self)
 
     def _forget(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Any = None
+        self._is_ready = False
 
     def _leave(self) -> None:
         """Have a forked process not keep its parent's connection open."""
@@ -83,12 +93,49 @@ class SavingProcess:
             number = theirs.fileno()
             code = (
                 f"import sys; sys.path[:] = {sys.path!r}; from flytekit_ckpt import processes; "
-                f"processes.serve({number}, {os.getpid()}, {self._uri!r})"
+                f"processes.serve({number}, {os.getpid()}, {self._uri!r}, {self._niceness})"
             )
             self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[number], stdin=subprocess.DEVNULL)
         weakref.finalize(self, _end, self._process, os.getpid())
 
-    def call(self, function: Callable[..., _Answer], *arguments: object, callback: Callback | None = None) -> _Answer:
+    def await_ready(self, given_up: Callable[[], bool]) -> bool:
+        """Begin the process and wait until it takes calls, which takes it about a second, unless that is given up.
+
+        Parameters
+        ----------
+        given_up : callable
+            Called repeatedly; tells whether to wait no longer. The process has done nothing then, and may be closed.
+
+        Returns
+        -------
+        bool
+            Whether it takes calls.
+
+        Raises
+        ------
+        ProcessUnavailableError
+            If the system allows no other process, or it ends before that.
+        """
+        self.begin()
+        while not self._is_ready:
+            if self._connection.poll(_INTERVAL):
+                try:
+                    self._connection.recv()
+                except (EOFError, ConnectionError) as error:
+                    message = f"it ended at once (exit code {self.close()})"
+                    raise ProcessUnavailableError(message) from error
+                self._is_ready = True
+            elif given_up():
+                return False
+        return True
+
+    def call(
+        self,
+        function: Callable[..., _Answer],
+        *arguments: object,
+        callback: Callback | None = None,
+        given_up: Callable[[], bool] | None = None,
+    ) -> _Answer:
         """Call a function there, and wait for its answer.
 
         Parameters
@@ -99,6 +146,8 @@ class SavingProcess:
             They are sent there, and the answer back.
         callback : fsspec callback, optional
             Progress callback, which the function gets as `callback`.
+        given_up : callable, optional
+            Called repeatedly here; tells whether the function is to leave it, which it may ask by its own `given_up`.
 
         Raises
         ------
@@ -112,14 +161,15 @@ class SavingProcess:
         surroundings = Surroundings()
         try:
             level = logger.getEffectiveLevel()
-            request = pickle.dumps((function, arguments, callback is not None, level, surroundings))
+            named = callback is not None, given_up is not None
+            request = pickle.dumps((function, arguments, named, level, surroundings))
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             raise ProcessUnavailableError(str(error)) from error
         for is_last in (False, True):
             try:
                 self.begin()
                 self._connection.send_bytes(request)
-                kind, answer = self._answer(callback)
+                kind, answer = self._answer(callback, given_up)
                 break
             except (EOFError, ConnectionError) as error:
                 code = self.close()
@@ -136,10 +186,16 @@ class SavingProcess:
             raise answer
         return cast("_Answer", answer)
 
-    def _answer(self, callback: Callback | None) -> tuple[str, Any]:
+    def _answer(self, callback: Callback | None, given_up: Callable[[], bool] | None) -> tuple[str, Any]:
         while True:
+            while given_up is not None and not self._connection.poll(_INTERVAL):
+                if given_up():
+                    self._connection.send_bytes(_STOP)
+                    given_up = None
             kind, content = self._connection.recv()
-            if kind == "log":
+            if kind == "ready":
+                self._is_ready = True
+            elif kind == "log":
                 logger.handle(logging.makeLogRecord(content))
             elif kind == "size" and callback is not None:
                 callback.set_size(content)
@@ -178,26 +234,29 @@ os.register_at_fork(after_in_child=_leave_all)
 # In the other process -------------------------------------------------------------------------------------------------
 
 
-def serve(number: int, parent: int, uri: str) -> None:
+def serve(number: int, parent: int, uri: str, niceness: int) -> None:
     """Answer the calls that come by an open connection, until the parent ends."""
     # What the terminal or the platform tells a whole group is for the parent to decide.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+        os.nice(niceness)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from multiprocessing.connection import Connection
 
     storage.import_client(uri)
     connection = _Sender(Connection(number))
+    connection.send("ready", None)
     handler = _LogSender(connection)
     logger.addHandler(handler)
     logger.propagate = False
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            function, arguments, has_callback, level, surroundings = pickle.loads(connection.take())
+            function, arguments, (has_callback, may_be_given_up), level, surroundings = pickle.loads(connection.take())
             logger.setLevel(level)
-            named = {"callback": _CallbackSender(connection)} if has_callback else {}
+            named: dict[str, Any] = {"callback": _CallbackSender(connection)} if has_callback else {}
+            if may_be_given_up:
+                named["given_up"] = connection.is_stopped
             try:
                 surroundings.enter()
                 answer = "done", function(*arguments, **named)
@@ -232,8 +291,16 @@ class _Sender:
         self._lock = threading.Lock()
 
     def take(self) -> bytes:
-        received: bytes = self._connection.recv_bytes()
+        received = _STOP
+        while received == _STOP:
+            # What was to be stopped had come to its end.
+            received = self._connection.recv_bytes()
         return received
+
+    def is_stopped(self) -> bool:
+        # It stays there until the next request is taken.
+        stopped: bool = self._connection.poll(0)
+        return stopped
 
     def send(self, kind: str, content: Any) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 
+from flytekit_ckpt.credentials import is_imported
 from flytekit_ckpt.storage.azure import AzureObject
 from flytekit_ckpt.storage.failures import ConflictError, GivenUpError, is_forbidden, overwritten, undisturbed
 from flytekit_ckpt.storage.gcs import GcsObject
@@ -62,6 +63,7 @@ __all__ = [
     "at",
     "canonical",
     "import_client",
+    "is_client_imported",
     "is_forbidden",
     "is_shared",
     "is_temporary",
@@ -80,12 +82,21 @@ def at(uri: str, settings: Settings | None = None) -> StoredObject:
         return LocalObject(path, settings)
     # But for the root of a store.
     uri = uri if uri.endswith("://") else uri.rstrip("/")
-    return _KINDS.get(uri.partition("://")[0], FsspecObject)(uri, settings)
+    return _kind(uri)(uri, settings)
+
+
+def _kind(uri: str) -> type[FsspecObject]:
+    return _KINDS.get(uri.partition("://")[0], FsspecObject)
 
 
 def is_shared(uri: str) -> bool:
     """Tell whether another process reaches the same by a URI: the memory of this one, for example, it does not."""
     return local_path(uri) is not None or uri.partition("://")[0] in _KINDS
+
+
+def is_client_imported(uri: str) -> bool:
+    """Tell whether an import of what reaches a shared URI takes no time; nothing is imported for it."""
+    return local_path(uri) is not None or is_imported(_CLIENTS.get(_kind(uri), ""))
 
 
 def import_client(uri: str) -> None:
@@ -99,7 +110,7 @@ def import_client(uri: str) -> None:
             filesystem_class(uri.partition("://")[0])
 
 
-_KINDS = {
+_KINDS: dict[str, type[FsspecObject]] = {
     "s3": S3Object,
     "s3a": S3Object,
     "gs": GcsObject,
@@ -108,3 +119,5 @@ _KINDS = {
     "abfss": AzureObject,
     "az": AzureObject,
 }
+
+_CLIENTS: dict[type[FsspecObject], str] = {S3Object: "s3fs", GcsObject: "gcsfs", AzureObject: "adlfs"}
