@@ -15,6 +15,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,14 @@ def test_every_body_has_the_checksum_that_botocore_would_send(s3: Place, calcula
     told = [request.headers.get("x-amz-checksum-crc32") for request in kept if request.method == "PUT"]
     assert sorted(filter(None, told)) == (expected if calculation == "when_supported" else [])
     assert len(told) == len(bodies)
+
+
+@pytest.mark.parametrize("endpoint", ["http://10.0.0.1:9000", "https://s3.amazonaws.com"])
+def test_over_tls_the_checksum_is_left_to_botocore(endpoint: str) -> None:
+    config = SimpleNamespace(request_checksum_calculation="when_supported")
+    client = SimpleNamespace(meta=SimpleNamespace(config=config, endpoint_url=endpoint))
+    filesystem = SimpleNamespace(s3_additional_kwargs={})
+    assert s3_client._wants_checksum(filesystem, client) is endpoint.startswith("http:")
 
 
 @with_checksums

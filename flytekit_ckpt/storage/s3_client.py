@@ -28,7 +28,7 @@ async def send_request(filesystem: Any, method: str, headers: Mapping[str, str],
     if headers or "Body" in arguments:
         await filesystem.set_session()
         client = await filesystem.get_s3(arguments["Bucket"])
-        for event, handler in (("before-call.s3", _add_headers), ("before-send.s3", _ease_sending)):
+        for event, handler in (("before-call.s3", _change_headers), ("before-send.s3", _divide_body)):
             client.meta.events.register(event, handler, unique_id=handler.__qualname__)
         _headers.set(headers)
         if "Body" in arguments and _wants_checksum(filesystem, client):
@@ -39,20 +39,18 @@ async def send_request(filesystem: Any, method: str, headers: Mapping[str, str],
 
 
 def _wants_checksum(filesystem: Any, client: Any) -> bool:
-    """Tell whether botocore would send a CRC-32 with a body; not every botocore does, and users may forbid it."""
+    """Tell whether botocore would send a CRC-32 ahead of a body; not every botocore does, and users may forbid it.
+
+    Over TLS it sends one behind the body, and needs no other hash of it then.
+    """
     chosen = getattr(client.meta.config, "request_checksum_calculation", None)
-    return chosen == "when_supported" and "ChecksumAlgorithm" not in filesystem.s3_additional_kwargs
+    is_ahead = chosen == "when_supported" and client.meta.endpoint_url.startswith("http:")
+    return is_ahead and "ChecksumAlgorithm" not in filesystem.s3_additional_kwargs
 
 
-def _ease_sending(request: Any, **_: Any) -> None:
-    if not isinstance(request.body, io.BytesIO):
-        return
-    content = request.body.getbuffer()
-    if len(content) <= SMALL:
-        # To ask first whether it may be sent takes longer than to send it.
-        request.headers.pop("Expect", None)
-    else:
-        request.body = _Pieces(content)
+def _divide_body(request: Any, **_: Any) -> None:
+    if isinstance(request.body, io.BytesIO):
+        request.body = _Pieces(request.body.getbuffer())
 
 
 class _Pieces:
@@ -73,8 +71,12 @@ class _Pieces:
 _headers: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("_headers", default={})  # noqa: B039
 
 
-def _add_headers(params: dict[str, Any], **_: Any) -> None:
+def _change_headers(params: dict[str, Any], **_: Any) -> None:
     params["headers"].update(_headers.get())
+    body = params.get("body")
+    if isinstance(body, io.BytesIO) and len(body.getbuffer()) <= SMALL:
+        # To ask first whether it may be sent takes longer than to send it.
+        params["headers"].pop("Expect", None)
 
 
 def condition(replaced: Replaced) -> dict[str, str]:
