@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
 import itertools
 import os
@@ -10,18 +12,22 @@ import sys
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.config import Config
+from fsspec.asyn import sync
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flytekit_ckpt import storage
 from flytekit_ckpt.errors import StorageError
 from flytekit_ckpt.pipeline import Range
-from flytekit_ckpt.storage import PART_SIZE, S3Object, Settings, slots
+from flytekit_ckpt.storage import PART_SIZE, S3Object, Settings, s3_client, slots
 from flytekit_ckpt.storage import parts as division
 from tests import s3_server
 from tests.conftest import Place
@@ -164,6 +170,98 @@ def test_a_small_object_takes_one_request_each_way_and_no_thread(s3: Place, monk
     assert made == ["put_object", "get_object"]
     # moto's server, in this process, starts its own.
     assert not [name for name in started if name.startswith("flytekit_ckpt")]
+
+
+def sent(item: S3Object) -> list[Any]:
+    """Have every request kept as it is handed to the HTTP client."""
+    item.put([b"warm", b"up"])
+    kept: list[Any] = []
+    item._filesystem.s3.meta.events.register("before-send.s3", lambda request, **_: kept.append(request))
+    return kept
+
+
+def test_a_small_object_is_sent_unasked_and_a_large_one_is_not(s3: Place) -> None:
+    item = S3Object(s3.uri(), Settings({**s3.options, "client_kwargs": {"region_name": "eu-west-1"}}))
+    kept = sent(item)
+    for size in (s3_client.SMALL, s3_client.SMALL + 1):
+        item.put([NOISE[:size]])
+        assert content(item.get()) == NOISE[:size]
+    small, large = (request for request in kept if request.method == "PUT")
+    assert "Expect" not in small.headers
+    assert large.headers["Expect"] == b"100-continue"
+
+
+with_checksums = pytest.mark.skipif(
+    "request_checksum_calculation" not in Config.OPTION_DEFAULTS, reason="this botocore sends none of its own accord"
+)
+
+
+@with_checksums
+@pytest.mark.parametrize("calculation", ["when_supported", "when_required"])
+def test_every_body_has_the_checksum_that_botocore_would_send(s3: Place, calculation: str) -> None:
+    config = {"request_checksum_calculation": calculation}
+    item = S3Object(s3.uri(), Settings({**s3.options, "config_kwargs": config}))
+    kept = sent(item)
+    item.put([b"small"])
+    item.put(pieces(NOISE, 1 << 20))
+    assert content(item.get()) == NOISE
+    bodies = [b"small", *pieces(NOISE, PART_SIZE)]
+    expected = sorted(base64.b64encode(zlib.crc32(body).to_bytes(4, "big")) for body in bodies)
+    told = [request.headers.get("x-amz-checksum-crc32") for request in kept if request.method == "PUT"]
+    assert sorted(filter(None, told)) == (expected if calculation == "when_supported" else [])
+    assert len(told) == len(bodies)
+
+
+@pytest.mark.parametrize("endpoint", ["http://10.0.0.1:9000", "https://s3.amazonaws.com"])
+def test_over_tls_the_checksum_is_left_to_botocore(endpoint: str) -> None:
+    config = SimpleNamespace(request_checksum_calculation="when_supported")
+    client = SimpleNamespace(meta=SimpleNamespace(config=config, endpoint_url=endpoint))
+    filesystem = SimpleNamespace(s3_additional_kwargs={})
+    assert s3_client._wants_checksum(filesystem, client) is endpoint.startswith("http:")
+
+
+@with_checksums
+def test_another_checksum_that_the_user_wants_is_sent_alone(s3: Place) -> None:
+    wanted = {"ChecksumAlgorithm": "SHA256"}
+    item = S3Object(s3.uri(), Settings({**s3.options, "s3_additional_kwargs": wanted}))
+    kept = sent(item)
+    item.put(pieces(NOISE, 1 << 20))
+    told = [{name.lower() for name in request.headers if "checksum-" in name.lower()} for request in kept]
+    assert {"x-amz-checksum-sha256", "x-amz-sdk-checksum-algorithm"} in told
+    assert not any("x-amz-checksum-crc32" in names for names in told)
+
+
+def test_a_body_is_sent_again_when_the_server_sends_it_elsewhere(s3: Place) -> None:
+    item = S3Object(s3.uri(), Settings({**s3.options, "client_kwargs": {"region_name": "eu-west-2"}}))
+    kept = sent(item)
+    item.put([NOISE[:PART_SIZE]])
+    # As botocore does, before it follows.
+    kept[-1].reset_stream()
+    assert b"".join(asyncio.run(received(kept[-1].body))) == NOISE[:PART_SIZE]
+
+
+async def received(body: Any) -> list[bytes]:
+    return [bytes(piece) async for piece in body]
+
+
+def test_conditions_reach_a_bucket_in_another_region(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    regional: list[Any] = []
+
+    async def get_s3(filesystem: Any, bucket: str | None = None) -> Any:
+        """Give another client than the filesystem's own, as s3fs does with `cache_regions`."""
+        if not regional:
+            options = {"aws_access_key_id": s3.options["key"], "aws_secret_access_key": s3.options["secret"]}
+            made = filesystem.session.create_client("s3", endpoint_url=s3.options["endpoint_url"], **options)
+            regional.append(await made.__aenter__())
+        return regional[0]
+
+    monkeypatch.setattr(s3_client.filesystem_kind(), "get_s3", get_s3)
+    item = S3Object(s3.uri(), Settings({**s3.options, "client_kwargs": {"region_name": "eu-west-3"}}))
+    item.put([b"theirs"], replaced=None)
+    with pytest.raises(storage.ConflictError):
+        item.put([b"ours"], replaced=None)
+    assert content(item.get()) == b"theirs"
+    sync(item._filesystem.loop, regional[0].close)
 
 
 def test_a_missing_object_takes_one_request(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
