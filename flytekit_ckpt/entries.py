@@ -37,13 +37,13 @@ class Entry:
     chunks : callable, optional
         Returns the content of a regular file as an iterator of byte strings, `info.size` bytes in all. An entry read
         from an archive can only be read before the next entry is asked for.
-    path : pathlib.Path, optional
+    path : str, optional
         The file on the local disk that holds the content, if one does: it can be read out of turn.
     """
 
     info: tarfile.TarInfo
     chunks: Callable[[], Iterator[Chunk]] = lambda: iter(())
-    path: Path | None = None
+    path: str | None = None
 
     @property
     def name(self) -> str:
@@ -64,12 +64,12 @@ class Entry:
         return PAYLOAD_KEY in self.info.pax_headers
 
 
-def file_entry(path: Path, name: str, status: os.stat_result | None = None) -> Entry:
+def file_entry(path: str | Path, name: str, status: os.stat_result | None = None) -> Entry:
     """Describe the regular file `path` as the entry `name`; its content is read when the entry is packed."""
     status = status or os.stat(path)
     info = header(name, status, tarfile.REGTYPE)
     info.size = status.st_size
-    return Entry(info, lambda: file_chunks(path, info.size), path)
+    return Entry(info, lambda: file_chunks(path, info.size), os.fspath(path))
 
 
 def stream_entry(name: str, chunks: Iterable[Chunk], size: int) -> Entry:
@@ -97,8 +97,14 @@ def header(name: str, status: os.stat_result, kind: bytes) -> tarfile.TarInfo:
     seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
     info.mtime = seconds
     if nanoseconds:
-        info.pax_headers = {"mtime": str(Decimal(status.st_mtime_ns) / 10**9)}
+        info.pax_headers = {"mtime": _decimal(seconds, nanoseconds)}
     return info
+
+
+def _decimal(seconds: int, nanoseconds: int) -> str:
+    if seconds > 0:
+        return f"{seconds}.{nanoseconds:09}".rstrip("0")
+    return str(Decimal(seconds * 10**9 + nanoseconds) / 10**9)
 
 
 def safe_name(name: str) -> str:
@@ -109,6 +115,10 @@ def safe_name(name: str) -> str:
     UnsafeCheckpointError
         If it is absolute or has a `..` in it.
     """
+    rooted = f"/{name}"
+    if not ("//" in rooted or "/." in rooted or rooted.endswith("/")):
+        # As nearly all are.
+        return name
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts:
         message = f"its entry {name!r} lies outside the folder it would be restored to"
