@@ -185,7 +185,7 @@ def test_pax_records_read_as_tarfile_reads_them() -> None:
         for size in {len(content), len(one), len(content) - 1, len(content) + 1} - {-1}:
             length = size + -size % 512
             header = tars.header("pax", tarfile.XHDTYPE, size) + content.ljust(length, b"\0")[:length]
-            check(tars.file("first") + header + tars.file("a") + tars.file("b") + tars.END, 1 << 20)
+            check(tars.file("first") + header + tars.file("a", mtime=7) + tars.file("b") + tars.END, 1 << 20)
 
 
 @pytest.mark.parametrize("kind", [b"0", b"5", b"2", b"x"])
@@ -199,6 +199,9 @@ def test_any_byte_of_a_header_reads_as_tarfile_reads_it(kind: bytes) -> None:
         check(tars.file("first") + with_checksums(bytes(changed)) + rest, 1 << 20)
 
 
+# Its bytes add up to more than 65521, which Adler-32 is modulo of.
+HIGH = tars.header(b"\xff" * 100, link=b"\xff" * 100, tail=b"\xff" * 64)
+
 ODD = {
     "the root": tars.folder("/"),
     "two PAX headers": tars.pax({"mtime": "1"}) + tars.pax({"mtime": "2"}),
@@ -207,13 +210,20 @@ ODD = {
     "a folder with content": tars.header("d", tarfile.DIRTYPE, 4) + tars.padded(b"evil"),
     "no more than half a header": tars.file("b")[:300],
     "a name that is not ASCII": tars.file("ü" * 50),
-    "bytes that add up to the same, modulo 65521": tars.header(b"\xff" * 100, link=b"\xff" * 100, tail=b"\xff" * 64),
+    "a checksum that is right": HIGH,
+    "a checksum that is less by 65521": HIGH[:148] + b"%06o\0 " % (int(HIGH[148:154], 8) - 65521) + HIGH[156:],
 }
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_headers_read_as_tarfile_reads_them(name: str) -> None:
     check(tars.file("first") + ODD[name] + tars.file("a") + tars.END, 1 << 20)
+
+
+@pytest.mark.parametrize("count", [1, 46, 47, 60])
+def test_large_headers_read_as_tarfile_reads_them(count: int) -> None:
+    headers = tars.pax({f"flytekit_ckpt.{number}": "x" * 90_000 for number in range(count)})
+    check(tars.file("first") + headers + tars.file("a") + tars.END, 1 << 24)
 
 
 def test_global_headers_hold_for_all_that_follow() -> None:
