@@ -6,6 +6,7 @@ Nothing here knows how an archive is encoded or where it is stored.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tarfile
 import time
@@ -24,6 +25,10 @@ PART_KEY = "flytekit_ckpt.part"
 
 PAYLOAD_KEY = "flytekit_ckpt.payload"
 """PAX keyword on the single member of an archive that wraps a payload."""
+
+
+# What this package writes, and no more than fits.
+_PLAIN_TIME = re.compile(r"([0-9]{1,9}|[1-3][0-9]{9})\.([0-9]{1,9})")
 
 
 class EntryInfo(NamedTuple):
@@ -92,7 +97,7 @@ class Entry:
     chunks : callable, optional
         Returns the content of a regular file as an iterator of byte strings, `info.size` bytes in all. An entry read
         from an archive can only be read before the next entry is asked for.
-    path : pathlib.Path, optional
+    path : str, optional
         The file on the local disk that holds the content, if one does: it can be read out of turn.
     identity : Identity, optional
         Which file that is.
@@ -100,7 +105,7 @@ class Entry:
 
     info: tarfile.TarInfo
     chunks: Callable[[], Iterator[Chunk]] = lambda: iter(())
-    path: Path | None = None
+    path: str | None = None
     identity: Identity | None = None
 
     @property
@@ -125,6 +130,9 @@ class Entry:
     @property
     def mtime_ns(self) -> int:
         """Modification time, in nanoseconds since 1970; 0 for one that makes no sense."""
+        plain = _PLAIN_TIME.fullmatch(self.info.pax_headers.get("mtime", ""))
+        if plain is not None:
+            return int(plain[1] + plain[2].ljust(9, "0"))
         try:
             seconds = Decimal(str(self.info.pax_headers.get("mtime", self.info.mtime)))
         except (ArithmeticError, ValueError):
@@ -138,7 +146,7 @@ class Entry:
 
 
 def file_entry(
-    path: Path,
+    path: str | Path,
     name: str,
     status: os.stat_result | None = None,
     mapped: frozenset[tuple[int, int]] | None = frozenset(),
@@ -147,7 +155,7 @@ def file_entry(
 
     Parameters
     ----------
-    path : pathlib.Path
+    path : str or pathlib.Path
         The file.
     name : str
         The entry's name.
@@ -163,7 +171,7 @@ def file_entry(
     age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
     is_settled = age > SETTLED_NS and mapped is not None and (device, inode) not in mapped
     identity = Identity(device, inode, status.st_ctime_ns, is_settled)
-    return Entry(info, lambda: file_chunks(path, info.size), path, identity)
+    return Entry(info, lambda: file_chunks(path, info.size), os.fspath(path), identity)
 
 
 def stream_entry(name: str, chunks: Iterable[Chunk], size: int) -> Entry:
@@ -191,8 +199,14 @@ def header(name: str, status: os.stat_result, kind: bytes) -> tarfile.TarInfo:
     seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
     info.mtime = seconds
     if nanoseconds:
-        info.pax_headers = {"mtime": str(Decimal(status.st_mtime_ns) / 10**9)}
+        info.pax_headers = {"mtime": _decimal(seconds, nanoseconds)}
     return info
+
+
+def _decimal(seconds: int, nanoseconds: int) -> str:
+    if seconds > 0:
+        return f"{seconds}.{nanoseconds:09}".rstrip("0")
+    return str(Decimal(seconds * 10**9 + nanoseconds) / 10**9)
 
 
 def safe_name(name: str) -> str:
@@ -203,6 +217,10 @@ def safe_name(name: str) -> str:
     UnsafeCheckpointError
         If it is absolute or has a `..` in it.
     """
+    rooted = f"/{name}"
+    if not ("//" in rooted or "/." in rooted or rooted.endswith("/")):
+        # As nearly all are.
+        return name
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts:
         message = f"its entry {name!r} lies outside the folder it would be restored to"

@@ -24,7 +24,7 @@ class OpenFile:
     A file that is replaced while it is being saved is saved as it was, and not a mixture.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self._path = path
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
@@ -56,7 +56,18 @@ class OpenFile:
         return CheckpointError(f"{self._path} shrank to {size} bytes while it was being saved: save again")
 
 
-def file_chunks(path: Path, size: int) -> Iterator[bytes]:
+def file_content(path: str | Path, size: int) -> bytes:
+    """Read exactly `size` bytes of a small file; a file that has fewer by now is a `CheckpointError`."""
+    if not size:
+        return b""
+    file = OpenFile(path)
+    content = file.read(size, 0)
+    while len(content) < size:
+        content += file.read(size - len(content), len(content))
+    return content
+
+
+def file_chunks(path: str | Path, size: int) -> Iterator[bytes]:
     """Read exactly `size` bytes of a file; a file that has fewer by now is a `CheckpointError`."""
     file = OpenFile(path)
     done = 0
@@ -79,10 +90,10 @@ class FileWriter:
 
     def __call__(self, chunk: Chunk) -> int:
         """Write a whole chunk; returns its size in bytes."""
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
-        return self.written(len(chunk))
+        done = os.write(self._descriptor, chunk)
+        while done < len(chunk):
+            done += os.write(self._descriptor, memoryview(chunk)[done:])
+        return self.written(done)
 
     def written(self, size: int) -> int:
         """Take note of bytes that have been appended to the file; returns their number."""

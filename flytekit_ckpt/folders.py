@@ -14,8 +14,8 @@ from pathlib import Path
 from flytekit_ckpt.entries import Entry, file_entry, header
 from flytekit_ckpt.files import mapped_files
 
-Exclude = Callable[[Path], str | None]
-"""Says why a path is not to be saved: `None` for one that is, an empty string where nobody needs to know."""
+Exclude = Callable[["os.DirEntry[str]"], str | None]
+"""Says why what lies in a folder is not to be saved: `None` if it is, an empty string where nobody needs to know."""
 
 
 def scan_folder(folder: Path, exclude: Exclude = lambda _: None) -> Iterator[Entry]:
@@ -24,12 +24,12 @@ def scan_folder(folder: Path, exclude: Exclude = lambda _: None) -> Iterator[Ent
     A link that leads out of the folder, or is absolute, is given as what it points to: in the next container it would
     dangle. Hard links are files. Sockets, fifos, devices and links to nothing are left out with a warning.
     """
-    return _Scan(os.path.realpath(folder), exclude, _warn_left_out, mapped_files()).entries(folder)
+    return _Scan(os.path.realpath(folder), exclude, _warn_left_out, mapped_files()).entries(str(folder))
 
 
 def folder_size(folder: Path, exclude: Exclude = lambda _: None) -> int:
     """Sum up the bytes of the files that `scan_folder` will give."""
-    entries = _Scan(os.path.realpath(folder), exclude, lambda *_: None).entries(folder)
+    entries = _Scan(os.path.realpath(folder), exclude, lambda *_: None).entries(str(folder))
     return sum(entry.info.size for entry in entries)
 
 
@@ -42,7 +42,7 @@ class _Scan:
     root : str
         The folder that links are to stay in.
     exclude : callable
-        Says why a path is not to be saved.
+        Says why something is not to be saved.
     left_out : callable
         Takes each path that is left out, and the reason.
     mapped : frozenset or None
@@ -51,18 +51,18 @@ class _Scan:
 
     root: str
     exclude: Exclude
-    left_out: Callable[[Path, str], object]
+    left_out: Callable[[str, str], object]
     mapped: frozenset[tuple[int, int]] | None = None
 
-    def entries(self, folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[Entry]:
+    def entries(self, folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[Entry]:
         here = os.stat(folder)
         identity = (here.st_dev, here.st_ino)
         if identity in above:
             self.left_out(folder, "a link leads from a folder back to itself")
             return
         for item in sorted(os.scandir(folder), key=lambda item: item.name):
-            path, name = Path(item.path), prefix + item.name
-            reason = self.exclude(path)
+            path, name = item.path, prefix + item.name
+            reason = self.exclude(item)
             if reason is not None:
                 if reason:
                     self.left_out(path, reason)
@@ -90,17 +90,17 @@ class _Scan:
                 self.left_out(path, "it is neither a file, a folder nor a link")
 
 
-def _link_entry(path: Path, name: str, link: str) -> Entry:
+def _link_entry(path: str, name: str, link: str) -> Entry:
     info = header(name, os.lstat(path), tarfile.SYMTYPE)
     info.linkname = link
     return Entry(info)
 
 
-def stays_inside(path: Path, link: str, root: str) -> bool:
+def stays_inside(path: str, link: str, root: str) -> bool:
     """Whether a link is relative and neither its text nor where it ends leaves the folder `root`."""
     if os.path.isabs(link):
         return False
-    places = [os.path.normpath(os.path.join(os.path.realpath(path.parent), link))]
+    places = [os.path.normpath(os.path.join(os.path.realpath(os.path.dirname(path)), link))]
     try:
         os.stat(path)
     except OSError as error:
@@ -117,5 +117,5 @@ def _is_storable(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
 
 
-def _warn_left_out(path: Path, reason: str) -> None:
+def _warn_left_out(path: str, reason: str) -> None:
     warnings.warn(f"{path} is left out of the checkpoint: {reason}", RuntimeWarning, stacklevel=3)

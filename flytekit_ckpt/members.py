@@ -145,6 +145,12 @@ def crc32(data: Chunk, crc: int = 0) -> int:
     return int(deflate.crc32(data, crc))
 
 
+def byte_sum(block: bytes) -> int:
+    """Sum up the bytes of a block of at most 512."""
+    # Half of an Adler-32 is one more than the sum of the bytes, modulo 65521, which that many of ASCII do not reach.
+    return (zlib.adler32(block) & 0xFFFF) - 1 if block.isascii() else sum(block)
+
+
 class Decompressor(Protocol):
     """What inflates a stream step by step, like `bz2.BZ2Decompressor`."""
 
@@ -228,6 +234,19 @@ class ByteStream:
         self.position -= len(taken)
         self._left.appendleft(memoryview(taken))
         return taken
+
+    def at_hand(self) -> memoryview:
+        """Return what is left of the chunk under way, perhaps nothing, without taking it."""
+        return self._left[0] if self._left else memoryview(b"")
+
+    def take(self, size: int) -> memoryview:
+        """Take so many of the bytes at hand, of which there are as many."""
+        piece = self._left.popleft()
+        if size < len(piece):
+            self._left.appendleft(piece[size:])
+            piece = piece[:size]
+        self.position += size
+        return piece
 
     def rest(self) -> Iterator[Chunk]:
         """Yield what has not been taken."""

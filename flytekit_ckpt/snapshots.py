@@ -160,7 +160,7 @@ def _copy_folder(folder: Path, exclude: Exclude, target: Path) -> int:
                 status = os.lstat(folder / entry.name)
                 os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
             elif entry.path is not None:
-                yield CHUNK_SIZE, (entry.path, path)
+                yield CHUNK_SIZE, (Path(entry.path), path)
 
     def copied(pair: tuple[Path, Path]) -> int:
         return _copy_file(*pair)

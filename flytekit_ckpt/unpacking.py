@@ -11,7 +11,7 @@ from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
 from flytekit_ckpt.files import FileWriter
 from flytekit_ckpt.folders import stays_inside
-from flytekit_ckpt.pipeline import MEMORY_BUDGET, in_order
+from flytekit_ckpt.pipeline import LITTLE, MEMORY_BUDGET, in_order
 
 
 class Unpacked:
@@ -67,15 +67,17 @@ def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGE
     folders: dict[str, tuple[int, int]] = {}
     for entry in entries:
         name, info = entry.name, entry.info
-        path = os.path.join(root, name)
+        path = f"{root}/{name}"
         try:
-            for parent in _parents(name, made):
-                if parent in links:
-                    message = f"its entry {name!r} lies behind a link"
-                    raise UnsafeCheckpointError(message)
-                os.mkdir(os.path.join(root, parent))
-                made.add(parent)
-            names.add(name.partition("/")[0])
+            above = name.rpartition("/")[0]
+            if above not in made:
+                for parent in _parents(name, made):
+                    if parent in links:
+                        message = f"its entry {name!r} lies behind a link"
+                        raise UnsafeCheckpointError(message)
+                    os.mkdir(f"{root}/{parent}")
+                    made.add(parent)
+                names.add(name.partition("/")[0])
             links.pop(name, None)
             if info.isdir():
                 if name not in made:
@@ -83,23 +85,23 @@ def unpack(entries: Iterable[Entry], folder: Path, *, memory: int = MEMORY_BUDGE
                     made.add(name)
                 folders[name] = (info.mode & 0o777, entry.mtime_ns)
                 continue
+            if info.isreg():
+                _write(entry, path, memory)
+                continue
             if os.path.lexists(path):
-                # In a tar, the last entry of a name counts.
                 os.unlink(path)
             if info.issym():
                 links[name] = (info.linkname, entry.mtime_ns)
-            elif info.islnk():
-                os.link(os.path.join(root, info.linkname), path, follow_symlinks=False)
             else:
-                _write(entry, path, memory)
+                os.link(f"{root}/{info.linkname}", path, follow_symlinks=False)
         except (FileExistsError, IsADirectoryError, NotADirectoryError, FileNotFoundError) as error:
             message = f"its entry {name!r} contradicts an earlier one ({error})"
             raise CorruptCheckpointError(message) from error
     for name, (link, _) in links.items():
-        os.symlink(link, os.path.join(root, name))
+        os.symlink(link, f"{root}/{name}")
     for name, (link, mtime_ns) in links.items():
-        path = os.path.join(root, name)
-        if stays_inside(Path(path), link, root):
+        path = f"{root}/{name}"
+        if stays_inside(path, link, root):
             os.utime(path, ns=(mtime_ns, mtime_ns), follow_symlinks=False)
         else:
             os.unlink(path)
@@ -116,8 +118,6 @@ def _parents(name: str, made: set[str]) -> Iterator[str]:
 
     One by one: of the names of all of them, those of an attacker's entry fill the memory before the disk refuses.
     """
-    if name.rpartition("/")[0] in made:
-        return
     end = name.find("/")
     while end >= 0:
         if name[:end] not in made:
@@ -125,12 +125,24 @@ def _parents(name: str, made: set[str]) -> Iterator[str]:
         end = name.find("/", end + 1)
 
 
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
 def _write(entry: Entry, path: str, memory: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
-        # In a thread, so that a large file is written while what follows is inflated.
-        pieces = ((len(chunk), chunk) for chunk in entry.chunks())
-        size = sum(in_order(FileWriter(descriptor), pieces, threads=1, memory=memory))
+        descriptor = os.open(path, _NEW_FILE, 0o600)
+    except FileExistsError:
+        # In a tar, the last entry of a name counts.
+        os.unlink(path)
+        descriptor = os.open(path, _NEW_FILE, 0o600)
+    try:
+        writer = FileWriter(descriptor)
+        if entry.info.size <= LITTLE:
+            size = sum(map(writer, entry.chunks()))
+        else:
+            # In a thread, so that a large file is written while what follows is inflated.
+            pieces = ((len(chunk), chunk) for chunk in entry.chunks())
+            size = sum(in_order(writer, pieces, threads=1, memory=memory))
         if size != entry.info.size:
             message = f"{entry.name!r} has {size} bytes instead of the {entry.info.size} announced"
             raise CorruptCheckpointError(message)

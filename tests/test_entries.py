@@ -12,13 +12,17 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flytekit_ckpt import archive
-from flytekit_ckpt.entries import Entry, stream_entry
+from flytekit_ckpt.entries import Entry, header, safe_name, stream_entry
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from flytekit_ckpt.files import FileWriter
 from flytekit_ckpt.folders import scan_folder
@@ -53,6 +57,37 @@ def test_a_folder_comes_back_with_links_and_times_to_the_nanosecond(tree: Tree) 
         target = round_trip(source, Path(name) / "target")
         assert look(target) == look(source)
         assert times(target) == times(source)
+
+
+@modestly
+@given(st.integers(-(1 << 62), 1 << 62) | st.integers(-20, 20).map(lambda number: number * 10**8 + 1))
+def test_a_time_is_kept_as_decimal_seconds(nanoseconds: int) -> None:
+    status = SimpleNamespace(st_mode=0o644, st_mtime_ns=nanoseconds)
+    info = header("a", cast("os.stat_result", status), FILE)
+    assert Decimal(info.pax_headers.get("mtime", info.mtime)) * 10**9 == nanoseconds
+    assert nanoseconds % 10**9 == 0 or info.pax_headers["mtime"] == str(Decimal(nanoseconds) / 10**9)
+
+
+@modestly
+@given(st.from_regex(r"[0-9]{1,11}(\.[0-9]{0,12})?", fullmatch=True))
+def test_a_time_of_any_form_comes_back(text: str) -> None:
+    info = tarfile.TarInfo("a")
+    info.pax_headers = {"mtime": text}
+    seconds = Decimal(text)
+    with tempfile.TemporaryDirectory() as name:
+        unpack([Entry(info)], Path(name))
+        assert (Path(name) / "a").stat().st_mtime_ns == (int(seconds * 10**9) if seconds < 1 << 32 else 0)
+
+
+@modestly
+@given(st.lists(st.sampled_from(["a", ".", "..", "", ".b", "c."]), min_size=1).map("/".join))
+def test_a_name_is_cleaned_or_refused(name: str) -> None:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts:
+        with pytest.raises(UnsafeCheckpointError):
+            safe_name(name)
+    else:
+        assert safe_name(name) == "/".join(parts)
 
 
 def test_modes_come_back_without_the_dangerous_bits(tmp_path: Path) -> None:

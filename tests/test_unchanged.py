@@ -99,13 +99,18 @@ both = pytest.mark.parametrize("maker", [legacy, flyte2])
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are read while something is saved."""
     opened: list[Path] = []
-    original = OpenFile.__init__
+    large, small = OpenFile.__init__, packing.file_content
 
-    def recorded(self: OpenFile, path: Path) -> None:
-        opened.append(path)
-        original(self, path)
+    def read_large(self: OpenFile, path: str) -> None:
+        opened.append(Path(path))
+        large(self, path)
 
-    monkeypatch.setattr(OpenFile, "__init__", recorded)
+    def read_small(path: str, size: int) -> bytes:
+        opened.append(Path(path))
+        return small(path, size)
+
+    monkeypatch.setattr(OpenFile, "__init__", read_large)
+    monkeypatch.setattr(packing, "file_content", read_small)
     return opened
 
 

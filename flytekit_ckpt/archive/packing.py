@@ -6,24 +6,20 @@ own, small ones share one. A unit's members can be carried over from one archive
 
 from __future__ import annotations
 
-import struct
+import functools
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from flytekit_ckpt.archive import index
 from flytekit_ckpt.archive.reuse import Compared, Unchanged
 from flytekit_ckpt.archive.units import Member, Unit
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CheckpointError
-from flytekit_ckpt.files import OpenFile
-from flytekit_ckpt.members import MEMBER_SIZE, crc32, member, stated_crc32
+from flytekit_ckpt.files import OpenFile, file_content
+from flytekit_ckpt.members import MEMBER_SIZE, byte_sum, crc32, member, stated_crc32
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Range, in_order, processors
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LARGE_ENTRY = MEMBER_SIZE // 4
 """Bytes of content from which on an entry has members of its own."""
@@ -109,9 +105,9 @@ def end_of_archive() -> bytes:
 
 @dataclass
 class _Slice:
-    """Bytes of a file that are read when they are packed."""
+    """Bytes of a large file, which are read when they are packed."""
 
-    file: Path | OpenFile
+    file: OpenFile
     offset: int
     length: int
 
@@ -238,9 +234,8 @@ class _Planner:
             self._plan = _Plan(continued)
 
 
-# Name, mode, owner, group, size, time, checksum, type, link target, magic and version, names of owner and group,
-# device, prefix of the name, padding.
-_TAR_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
+# Link target, magic and version, names of owner and group, device, prefix of the name, padding.
+_TAR_REST = bytes(100) + b"ustar\x0000" + bytes(247)
 
 
 def _tar_header(info: tarfile.TarInfo) -> bytes:
@@ -260,13 +255,20 @@ def _tar_header(info: tarfile.TarInfo) -> bytes:
     if not records:
         return header
     padding = bytes(-len(records) % tarfile.BLOCKSIZE)
-    return _tar_block("././@PaxHeader", 0, len(records), 0, tarfile.XHDTYPE) + records + padding + header
+    return _pax_block(len(records)) + records + padding + header
 
 
 def _tar_block(name: str, mode: int, size: int, mtime: int, kind: bytes) -> bytes:
-    fields = [name.encode(), b"%07o" % mode, b"0000000", b"0000000", b"%011o" % size, b"%011o" % mtime, b" " * 8, kind]
-    block = _TAR_HEADER.pack(*fields, b"", b"ustar\x0000", b"", b"", b"", b"", b"", b"")
-    return b"%s%06o\0%s" % (block[:148], sum(block), block[155:])
+    # Name, mode, owner, group, size, time; then the checksum, of whose own bytes each counts as a blank; and the type.
+    fields = (name.encode().ljust(100, b"\0"), mode, size, mtime)
+    start = b"%b%07o\x000000000\x000000000\0%011o\0%011o\0" % fields
+    rest = kind + _TAR_REST
+    return b"%b%06o\0 %b" % (start, byte_sum(start) + 8 * 0x20 + byte_sum(rest), rest)
+
+
+@functools.lru_cache(64)
+def _pax_block(size: int) -> bytes:
+    return _tar_block("././@PaxHeader", 0, size, 0, tarfile.XHDTYPE)
 
 
 def _pax_record(key: str, value: str) -> bytes:
@@ -279,9 +281,11 @@ def _pax_record(key: str, value: str) -> bytes:
 def _content_to_pack(entry: Entry, *, is_large: bool) -> Iterator[memoryview | _Slice]:
     if entry.path is None:
         yield from (memoryview(chunk) for chunk in entry.chunks())
+    elif is_large:
+        yield _Slice(OpenFile(entry.path), 0, entry.info.size)
     elif entry.info.size:
-        # A small file is opened when it is packed: a member may hold a thousand of them.
-        yield _Slice(OpenFile(entry.path) if is_large else entry.path, 0, entry.info.size)
+        # At once: a member may hold a thousand of them, and threads would wait for each other at every call.
+        yield memoryview(file_content(entry.path, entry.info.size))
 
 
 class _Packer:
@@ -305,8 +309,7 @@ class _Packer:
         for piece in plan.pieces:
             place = view[position : position + len(piece)]
             if isinstance(piece, _Slice):
-                file = piece.file if isinstance(piece.file, OpenFile) else OpenFile(piece.file)
-                file.read_into(place, piece.offset)
+                piece.file.read_into(place, piece.offset)
             else:
                 place[:] = piece
             position += len(piece)

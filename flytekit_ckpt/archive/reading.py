@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, cast
 
+from flytekit_ckpt.archive.plain_headers import read_plain
 from flytekit_ckpt.entries import Entry, safe_name
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from flytekit_ckpt.members import ByteStream, inflated
@@ -82,20 +83,7 @@ def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[En
         If an entry lies outside the archive's folder, or is a device or a fifo.
     """
     stream = ByteStream(inflated(iter(chunks), memory))
-    headers = _Headers(stream)
-    with _damage_reported():
-        tar = tarfile.TarFile(fileobj=cast("IO[bytes]", headers), tarinfo=_StrictTarInfo, errorlevel=2)
-    members = iter(tar)
-    while True:
-        # Those that hold for every entry that follows stay in memory.
-        headers.left = HEADER_LIMIT - sum(map(len, tar.pax_headers.values()))
-        with _damage_reported():
-            info = next(members, None)
-        if info is None:
-            break
-        following = tar.offset
-        # tarfile would remember every entry of the archive.
-        tar.members.clear()  # type: ignore[attr-defined]
+    for info, following in _infos(stream):
         if info.size < 0 or "\0" in info.name or "\0" in info.linkname or len(info.linkname) > LINK_LIMIT:
             message = f"the header of its entry {info.name!r} is damaged"
             raise CorruptCheckpointError(message)
@@ -107,10 +95,67 @@ def read(chunks: Iterable[Chunk], *, memory: int = MEMORY_BUDGET) -> Iterator[En
             info.linkname = safe_name(info.linkname)
         if info.name:
             yield Entry(info, functools.partial(_content, stream, info))
-        _skip(stream, following)
+        left = following - stream.position
+        if 0 < left <= len(stream.at_hand()):
+            stream.take(left)
+        elif left:
+            _skip(stream, following)
     for _ in stream.rest():
         # What follows the end marker is only verified.
         pass
+
+
+def _infos(stream: ByteStream) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Read headers, each with the position of the one that follows; the stream must be there for the next."""
+    strictly = _StrictReader(stream)
+    while True:
+        info = None if strictly.has_globals else read_plain(stream.at_hand(), stream.position)
+        if info is not None:
+            stream.take(info.offset_data - info.offset)
+            yield info, info.offset_data + info.size + -info.size % tarfile.BLOCKSIZE
+            continue
+        info = strictly.next()
+        if info is None:
+            return
+        yield info, strictly.following
+
+
+class _StrictReader:
+    """Has tarfile read headers, and takes whatever is wrong with them for damage."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._headers = _Headers(stream)
+        self._tar: tarfile.TarFile | None = None
+        self._infos: Iterator[tarfile.TarInfo] = iter(())
+
+    @property
+    def has_globals(self) -> bool:
+        """Whether there are PAX headers that hold for every entry that follows."""
+        return self._tar is not None and bool(self._tar.pax_headers)
+
+    @property
+    def following(self) -> int:
+        """Where the header after the last one is to be."""
+        assert self._tar is not None
+        return self._tar.offset
+
+    def next(self) -> tarfile.TarInfo | None:
+        """Read the header that the stream is at; `None` at the archive's end."""
+        headers = self._headers
+        with _damage_reported():
+            if self._tar is None:
+                headers.left = HEADER_LIMIT
+                # It reads the first one at once.
+                self._tar = tarfile.TarFile(fileobj=cast("IO[bytes]", headers), tarinfo=_StrictTarInfo, errorlevel=2)
+                self._infos = iter(self._tar)
+            else:
+                # Those that hold for every entry that follows stay in memory.
+                headers.left = HEADER_LIMIT - sum(map(len, self._tar.pax_headers.values()))
+                self._tar.offset = headers.tell()
+            info = next(self._infos, None)
+        # tarfile would remember every entry of the archive.
+        self._tar.members.clear()  # type: ignore[attr-defined]
+        return info
 
 
 def _skip(stream: ByteStream, position: int) -> None:
@@ -128,6 +173,9 @@ def _content(stream: ByteStream, info: tarfile.TarInfo) -> Iterator[Chunk]:
     if stream.position != info.offset_data:
         message = f"the content of {info.name!r} can be read once only, before the next entry"
         raise RuntimeError(message)
+    if info.sparse is None and 0 < info.size <= len(stream.at_hand()):
+        yield stream.take(info.size)
+        return
     # Only GNU tar makes sparse entries: pairs of where some bytes go and how many, zeros between them.
     # The stubs have the type of one number.
     sparse = cast("list[tuple[int, int]] | None", info.sparse)

@@ -28,16 +28,18 @@ def check_is_outside(uri: str, folder: Path) -> None:
 def not_into_itself(uri: str) -> Exclude:
     """Exclude the object at a URI, and what is kept for it meanwhile, from a folder that is saved there."""
     written = storage.local_path(written_uri(uri))
+    object_name = None if written is None else written.name
 
-    def reason(path: Path) -> str | None:
-        if is_scratch(path.name):
+    def reason(item: os.DirEntry[str]) -> str | None:
+        is_object = item.name == object_name
+        if not is_object and not item.name.startswith("."):
+            # What is kept meanwhile is hidden.
+            return None
+        if is_scratch(item.name):
             return ""
-        if written is None:
+        if written is None or not (is_object or storage.is_temporary(item.name, written)):
             return None
-        is_object = path.name == written.name
-        if not is_object and not storage.is_temporary(path.name, written):
-            return None
-        if os.path.realpath(path.parent) != os.path.realpath(written.parent):
+        if os.path.realpath(os.path.dirname(item.path)) != os.path.realpath(written.parent):
             return None
         return "it is what the checkpoint itself is saved to" if is_object else ""
 
