@@ -437,6 +437,36 @@ def test_parts_with_ranges_among_them_are_what_s3_takes(chunks: list[bytes | Ran
     assert sum(part.length for part in parts if isinstance(part, Range)) >= large - 5 * len(ranges)
 
 
+@pytest.mark.parametrize("length", [16, 40, 20_000])
+def test_very_many_ranges_take_no_more_parts_than_s3_takes(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object of whose files every other one has changed, at a small fraction of S3's sizes."""
+    for name, value in (
+        ("PART_SIZE", 8),
+        ("MIN_PART_SIZE", 5),
+        ("COPY_SIZE", 256),
+        ("MAX_PARTS", 400),
+        ("MAX_PART_SIZE", 5 << 10),
+    ):
+        monkeypatch.setattr(division, name, value)
+    # S3 takes 5 << 20 of these bytes, a tenth of what so many of the largest parts would hold.
+    count = (200 << 10) // (length + 9)
+    chunks = itertools.chain.from_iterable((Range(2 * number * length, length), b"x" * 9) for number in range(count))
+    total = count * (length + 9)
+    parts = list(division.divide(chunks, lambda: total, lambda part: iter([bytes(part.length)])))
+    sizes = [part.length if isinstance(part, Range) else len(part) for part in parts]
+    assert sum(sizes) == total
+    assert len(parts) <= 400
+    assert max(sizes) <= 5 << 10
+    assert min(sizes[:-1]) >= 5
+
+
+def test_the_largest_object_is_copied_in_as_many_parts_as_s3_takes() -> None:
+    ranges = division.copied_ranges(Range(0, 5 << 40))
+    assert sum(part.length for part in ranges) == 5 << 40
+    assert len(ranges) <= division.MAX_PARTS
+    assert max(part.length for part in ranges) <= division.MAX_PART_SIZE
+
+
 def test_ranges_that_follow_each_other_become_one() -> None:
     chunks: list[bytes | Range] = [Range(0, 5), Range(5, 2), Range(8, 1), b"a", Range(9, 3), Range(12, 1)]
     assert list(division._joined(iter(chunks))) == [Range(0, 7), Range(8, 1), b"a", Range(9, 4)]

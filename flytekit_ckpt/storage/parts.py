@@ -16,7 +16,7 @@ MAX_PART_SIZE = 5 << 30
 """Bytes that S3 takes in one part."""
 
 COPY_SIZE = 256 << 20
-"""Bytes that S3 is asked to copy in one request."""
+"""Bytes that S3 is asked to copy in one request, unless the parts would run out."""
 
 MAX_PARTS = 10_000
 """Parts that S3 takes for one object."""
@@ -43,11 +43,12 @@ def divide(
     """
     buffer = _Buffer()
     equal = None
-    number = 0
+    number = copies = 0
     for chunk in _joined(chunks):
         if not isinstance(chunk, Range):
             pieces, copied = iter((chunk,)), None
-        elif chunk.length < 2 * PART_SIZE:
+        # Each range takes a part of its own, and ends another one: there may not be too many.
+        elif chunk.length < 2 * PART_SIZE << copies // (MAX_PARTS // 40):
             pieces, copied = fetched(chunk), None
         else:
             missing = max(0, MIN_PART_SIZE - buffer.size) if buffer.size else 0
@@ -66,9 +67,10 @@ def divide(
         if copied is not None:
             if buffer.size:
                 yield buffer.take(buffer.size)
-            ranges = copied_ranges(copied)
+            ranges = copied_ranges(copied, number)
             yield from ranges
             number += 1 + len(ranges)
+            copies += 1
     if buffer.size or not number:
         yield buffer.take(buffer.size)
 
@@ -87,9 +89,10 @@ def equal_parts(chunks: Iterator[Chunk], size: int) -> Iterator[bytes]:
         yield buffer.take(buffer.size)
 
 
-def copied_ranges(whole: Range) -> list[Range]:
-    """Divide a range into equal parts that the server copies in one request each."""
-    count = -(-whole.length // COPY_SIZE)
+def copied_ranges(whole: Range, number: int = 0) -> list[Range]:
+    """Divide a range into equal parts that the server copies in one request each; `number` parts come before."""
+    size = max(COPY_SIZE << number // (MAX_PARTS // 10), whole.length // (MAX_PARTS // 20))
+    count = -(-whole.length // min(size, MAX_PART_SIZE))
     edges = [whole.start + whole.length * edge // count for edge in range(count + 1)]
     return [Range(start, end - start) for start, end in itertools.pairwise(edges)]
 
@@ -98,7 +101,7 @@ def _part_size(number: int, equal: int | None) -> int:
     if equal is None:
         return PART_SIZE << number // 1000
     # Equal, unless there is so much more than was told that the parts would run out.
-    return min(equal << max(0, number - MAX_PARTS * 96 // 100) // 40, MAX_PART_SIZE)
+    return min(equal << max(0, number - MAX_PARTS * 96 // 100) // (MAX_PARTS // 250), MAX_PART_SIZE)
 
 
 def _joined(chunks: Iterator[Chunk | Range]) -> Iterator[Chunk | Range]:
