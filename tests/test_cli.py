@@ -196,6 +196,29 @@ def test_what_is_saved_is_restored(place: Place, tmp_path: Path) -> None:
     assert SyncCheckpoint("", uri).restore() is not None
 
 
+def test_what_is_saved_is_listed_and_restored_in_part(place: Place, tmp_path: Path) -> None:
+    source, uri = make(tmp_path / "source", {"a": b"1" * 2000, "b": None, "b/c": b"2"}), place.uri()
+    for path in (source / "a", source / "b" / "c", source / "b"):
+        os.utime(path, (86399, 86399))
+    command("save", source, uri)
+    listed = command("list", uri)
+    lines = [
+        "          2,000  1970-01-01 23:59:59  a",
+        "              0  1970-01-01 23:59:59  b/",
+        "              1  1970-01-01 23:59:59  b/c",
+    ]
+    assert (listed.returncode, listed.stdout.splitlines(), listed.stderr) == (0, lines, "")
+    target = tmp_path / "target"
+    assert command("restore", uri, target, "--only", "b/*", "--only", "x").returncode == 0
+    assert [path.relative_to(target).as_posix() for path in sorted(target.rglob("*"))] == ["b", "b/c"]
+    payload = place.uri()
+    SyncCheckpoint(payload).write(b"12")
+    assert command("list", payload).stdout == f"{2:15}  {'':19}  _dst_cp\n"
+    missing = command("list", place.uri())
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("Error: there is no checkpoint at ")
+
+
 def test_what_cannot_be_saved_or_restored_is_said(tmp_path: Path) -> None:
     missing = command("restore", tmp_path / "nothing", tmp_path / "target")
     assert (missing.returncode, missing.stderr) == (1, f"Error: there is no checkpoint at {tmp_path}/nothing\n")
