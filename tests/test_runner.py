@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flytekit_ckpt import SyncCheckpoint, runner
+from flytekit_ckpt import SyncCheckpoint, named_tasks, runner
 from tests.conftest import Place, Task
 
 COUNTER = f"{Path(__file__).parents[1] / 'examples' / 'counter.py'}:counter"
@@ -483,7 +483,7 @@ def test_an_input_is_converted_as_its_annotation_says(annotation: str | None, te
     # Without a process, which would cost more than all the rest; the next test has one.
     names: dict[str, Any] = {"Path": Path}
     exec(f"def work(x{f': {annotation}' if annotation else ''}): ...", names)
-    assert repr(runner._arguments(names["work"], {"x": text})["x"]) == repr(value)
+    assert repr(named_tasks.arguments_of(names["work"], {"x": text})["x"]) == repr(value)
 
 
 @pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"], ids=["evaluated", "as text"])
