@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from flytekit_ckpt import attempts, context, endings, errors, layout, scratch, storage
-from flytekit_ckpt.named_tasks import TaskFailedError as TaskFailedError
-from flytekit_ckpt.named_tasks import arguments_of, loaded
+from flytekit_ckpt.named_tasks import TaskFailedError, arguments_of, loaded
 from flytekit_ckpt.options import InstallOptions
 from flytekit_ckpt.running import Running
+
+__all__ = ["TaskFailedError", "run"]
 
 
 def run(
