@@ -252,7 +252,13 @@ def serve(number: int, parent: int, uri: str, niceness: int) -> None:
     logger.propagate = False
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            function, arguments, (has_callback, may_be_given_up), level, surroundings = pickle.loads(connection.take())
+            request = connection.take()
+            try:
+                function, arguments, (has_callback, may_be_given_up), level, surroundings = pickle.loads(request)
+            except Exception as error:  # noqa: BLE001 - other people's classes raise what they like here
+                # Of the program's own module, for example, which is not imported here.
+                connection.send("failed", ProcessUnavailableError(f"{type(error).__name__}: {error}"))
+                continue
             logger.setLevel(level)
             named: dict[str, Any] = {"callback": _CallbackSender(connection)} if has_callback else {}
             if may_be_given_up:

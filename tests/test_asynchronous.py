@@ -593,6 +593,29 @@ def test_a_process_that_cannot_be_begun_is_done_without(
     assert "saving in a thread" in caplog.text
 
 
+def test_options_that_another_process_cannot_make_are_used_by_a_thread(tmp_path: Path) -> None:
+    """Objects of the program's own module, which is imported nowhere else."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+        import logging
+        from flytekit_ckpt import AsyncCheckpoint, SyncCheckpoint
+
+        class Option:
+            pass
+
+        logging.basicConfig()
+        with AsyncCheckpoint("cp", storage_options={"option": Option()}) as checkpoint:
+            checkpoint.write(b"1")
+        assert SyncCheckpoint("", "cp").read() == b"1"
+        """)
+    )
+    run = subprocess.run([sys.executable, program], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "saving in a thread" in run.stderr
+    assert "killed" not in run.stderr
+
+
 @pytest.mark.parametrize("kind", FACES)
 def test_storage_that_another_process_does_not_reach_is_written_to_by_a_thread(kind: Any) -> None:
     import fsspec
