@@ -690,6 +690,26 @@ def test_what_one_attempt_saves_accumulates(cloud: Place, tmp_path: Any) -> None
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("face", FACES)
+def test_a_part_is_loaded_and_what_has_not_changed_is_carried_over(cloud: Place, face: Any, tmp_path: Any) -> None:
+    source = make(tmp_path / "source", {"large": NOISE, "small": None, "small/a": b"a"})
+    first, second = cloud.uri(), cloud.uri()
+    checkpoint = face(first, storage_options=cloud.options)
+    save = checkpoint.save if face is SyncCheckpoint else checkpoint.save_sync
+    save(source)
+    (source / "small" / "a").write_bytes(b"changed")
+    save(source)
+    assert look(load(face, first, cloud)) == look(source)
+    attempt = face(second, first, storage_options=cloud.options)
+    assert [entry.name for entry in attempt.entries()] == ["large", "small", "small/a"]
+    loaded = attempt.restore() if face is SyncCheckpoint else attempt.load_sync()
+    part = attempt.restore(only="small") if face is SyncCheckpoint else attempt.load_sync(only="small")
+    assert [path.name for path in part.iterdir()] == ["small"]
+    (loaded / "small" / "a").write_bytes(b"changed again")
+    (attempt.save if face is SyncCheckpoint else attempt.save_sync)(loaded)
+    assert look(load(face, second, cloud)) == look(loaded)
+
+
 def test_what_flytekit_1_left_below_a_prefix_is_loaded(cloud: Place) -> None:
     prefix = cloud.uri()
     left = {"model": os.urandom(100), "log/text": b"text", "log/deep/er": b"", "a b/c%20d": b"odd"}
