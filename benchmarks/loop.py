@@ -127,7 +127,9 @@ def watched(folder: Path) -> Iterator[list[int]]:
 
     def watch() -> None:
         while not ended.wait(measure.INTERVAL):
-            seen.append(sum(size_of(path) for path in folder.rglob("*")))
+            # A folder may be removed while it is looked at.
+            with contextlib.suppress(FileNotFoundError):
+                seen.append(sum(size_of(path) for path in folder.rglob("*")))
 
     def size_of(path: Path) -> Any:
         try:
