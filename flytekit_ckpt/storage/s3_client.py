@@ -50,7 +50,8 @@ def _wants_checksum(filesystem: Any, client: Any) -> bool:
 
 def _divide_body(request: Any, **_: Any) -> None:
     if isinstance(request.body, io.BytesIO):
-        request.body = _Pieces(request.body.getbuffer())
+        # Not its buffer, which would be a copy.
+        request.body = _Pieces(memoryview(request.body.getvalue()))
 
 
 class _Pieces:
@@ -74,7 +75,7 @@ _headers: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("_h
 def _change_headers(params: dict[str, Any], **_: Any) -> None:
     params["headers"].update(_headers.get())
     body = params.get("body")
-    if isinstance(body, io.BytesIO) and len(body.getbuffer()) <= SMALL:
+    if isinstance(body, io.BytesIO) and len(body.getvalue()) <= SMALL:
         # To ask first whether it may be sent takes longer than to send it.
         params["headers"].pop("Expect", None)
 
