@@ -6,7 +6,7 @@ Nothing here knows a URI. An archive is produced and consumed as an iterator of 
 
 from flytekit_ckpt.archive.packing import Item, end_of_archive, pack
 from flytekit_ckpt.archive.reading import read
-from flytekit_ckpt.archive.reuse import unchanged
+from flytekit_ckpt.archive.reuse import repeated, unchanged
 from flytekit_ckpt.archive.units import Unit
 
-__all__ = ["Item", "Unit", "end_of_archive", "pack", "read", "unchanged"]
+__all__ = ["Item", "Unit", "end_of_archive", "pack", "read", "repeated", "unchanged"]

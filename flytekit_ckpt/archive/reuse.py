@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flytekit_ckpt.archive.units import Unit, seen
 from flytekit_ckpt.entries import Entry
+from flytekit_ckpt.members import noted
+from flytekit_ckpt.pipeline import Chunk, Range
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,38 @@ def _are_listed(unit: Unit, entries: list[Entry]) -> bool:
 
 def _is_listed(listed: object, entry: Entry) -> bool:
     return listed == entry.described
+
+
+def repeated(chunks: Iterator[Chunk | Range], size: int) -> tuple[bytes | None, Iterator[Chunk | Range]]:
+    """Find out whether an archive is going to be the very one that its ranges lie in.
+
+    Parameters
+    ----------
+    chunks : iterator of bytes or Range
+        The archive, as `pack` gives it.
+    size : int
+        Bytes of the one that the ranges lie in.
+
+    Returns
+    -------
+    bytes or None
+        What that one must end with, for both to be the same; `None` if they cannot be.
+    iterator of bytes or Range
+        The archive again, of which no more has been taken than its first new member.
+    """
+    taken: list[Chunk | Range] = []
+    end: list[Chunk] = []
+    position = 0
+    for chunk in chunks:
+        taken.append(chunk)
+        if isinstance(chunk, Range):
+            may_be = not end and chunk.start == position
+            position += chunk.length
+        else:
+            # One member ends the archive, and behind it is its index.
+            may_be = not end or noted(bytes(chunk)) is not None
+            end.append(chunk)
+            position += len(chunk)
+        if not may_be:
+            return None, itertools.chain(taken, chunks)
+    return b"".join(end) if position == size else None, iter(taken)

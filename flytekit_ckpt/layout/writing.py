@@ -6,7 +6,7 @@ import contextlib
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,7 @@ from flytekit_ckpt.entries import PAYLOAD_KEY, stream_entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.files import file_chunks
 from flytekit_ckpt.layout.locations import written_uri
-from flytekit_ckpt.layout.shapes import CRC32, PAYLOAD_NAME, SHAPE, Event, reporting
+from flytekit_ckpt.layout.shapes import CARRIED, CRC32, PAYLOAD_NAME, SHAPE, Event, reporting
 from flytekit_ckpt.pipeline import CHUNK_SIZE, Callback, Chunk, Range
 from flytekit_ckpt.recognition import Kind, recognise
 from flytekit_ckpt.storage import Settings
@@ -231,15 +231,33 @@ def _put(
     started = time.perf_counter()
     target = storage.at(written_uri(uri), settings)
     crc: list[int] = [0] if options.is_summed else []
-    written = target.put(
-        _with_steps(_summed(chunks, crc), options.step),
-        size=size,
-        previous=previous,
-        describe=lambda: {**describe(), **options.mark},
-        replaced=options.replaced,
-    )
+
+    def described() -> storage.Metadata:
+        return {**describe(), **options.mark}
+
+    with contextlib.closing(_with_steps(_summed(chunks, crc), options.step)) as passing:
+        content: Iterator[Chunk | Range] = passing
+        end = None
+        if previous is not None and previous.object.uri == target.uri:
+            end, content = archive.repeated(content, previous.written.size)
+        if previous is not None and end is not None and _is_there(target, previous.written, end, described()):
+            written = previous.written
+        else:
+            written = target.put(content, size=size, previous=previous, describe=described, replaced=options.replaced)
     Event("saved", shape, written.size, time.perf_counter() - started, storage.public(target.uri)).log()
     return replace(written, crc32=f"{crc[0]:08x}") if crc else written
+
+
+def _is_there(target: storage.StoredObject, written: storage.Written, end: bytes, described: storage.Metadata) -> bool:
+    """Tell whether an object is what was written, ends like this and is described so."""
+    tail = target.tail(len(end))
+    return (
+        tail is not None
+        and tail.object == written
+        and tail.content == end
+        and described.items() <= tail.metadata.items()
+        and CARRIED not in tail.metadata
+    )
 
 
 def _summed(chunks: Iterable[Chunk | Range], crc: list[int]) -> Iterator[Chunk | Range]:
@@ -252,7 +270,7 @@ def _summed(chunks: Iterable[Chunk | Range], crc: list[int]) -> Iterator[Chunk |
         yield chunk
 
 
-def _with_steps(chunks: Iterator[_Item], step: Callable[[], object]) -> Iterator[_Item]:
+def _with_steps(chunks: Iterator[_Item], step: Callable[[], object]) -> Generator[_Item]:
     for chunk in chunks:
         step()
         yield chunk
