@@ -154,7 +154,7 @@ def test_flytes_own_api_has_the_runners_checkpoint(place: Place, task: Task) -> 
         """
     )
     pytest.importorskip("flyte")
-    assert run(target, retries=1, root=place.root) == ("5", "flytekit_ckpt.v2", b"5")
+    assert run(target, retries=1, root=place.root) == ("5", "flytekit_ckpt.v2.checkpoint", b"5")
 
 
 def test_a_task_that_imports_flytekit_late_has_the_runners_checkpoint(place: Place, task: Task) -> None:

@@ -149,7 +149,7 @@ def test_the_last_call_that_is_not_cancelled_wins(tmp_path: Path, calls: list[tu
 def test_saves_from_threads_and_loops_come_one_after_the_other(tmp_path: Path) -> None:
     checkpoint = Checkpoint(str(tmp_path / "checkpoint"))
     running, most = [0], [0]
-    original = checkpoint._save
+    original = checkpoint._destination._save
 
     def save(*arguments: Any) -> None:
         running[0] += 1
@@ -158,7 +158,7 @@ def test_saves_from_threads_and_loops_come_one_after_the_other(tmp_path: Path) -
         original(*arguments)
         running[0] -= 1
 
-    checkpoint._save = save  # type: ignore[method-assign]
+    checkpoint._destination._save = save  # type: ignore[method-assign]
     threads = [threading.Thread(target=checkpoint.save_sync, args=(b"%d" % number,)) for number in range(10)]
     for thread in threads:
         thread.start()
@@ -174,7 +174,7 @@ def test_saves_from_threads_and_loops_come_one_after_the_other(tmp_path: Path) -
 
 def test_a_fork_does_not_wait_for_its_parents_saves(tmp_path: Path) -> None:
     checkpoint = Checkpoint(str(tmp_path / "checkpoint"))
-    ticket = checkpoint._saves.line_up()
+    ticket = checkpoint._destination.queue.line_up()
     child = os.fork()
     if not child:
         checkpoint.save_sync(b"of the fork")
@@ -184,5 +184,5 @@ def test_a_fork_does_not_wait_for_its_parents_saves(tmp_path: Path) -> None:
         time.sleep(0.01)
     if not ended[0]:
         os.kill(child, 9)
-    checkpoint._saves.leave(ticket)
+    checkpoint._destination.queue.leave(ticket)
     assert ended == (child, 0)

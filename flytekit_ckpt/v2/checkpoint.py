@@ -1,4 +1,4 @@
-"""Flyte 2's checkpoint API, over the same code and the same objects as the legacy one."""
+"""Flyte 2's checkpoint, over the same code and the same objects as the legacy one."""
 
 from __future__ import annotations
 
@@ -7,62 +7,28 @@ import contextlib
 import functools
 import os
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flytekit_ckpt import archive, layout, restoration, scratch, storage, termination
-from flytekit_ckpt.asynchronous import SENT_SIZE, AsynchronousSaves, Frozen
+from flytekit_ckpt import layout, restoration, scratch
+from flytekit_ckpt.asynchronous import AsynchronousSaves
 from flytekit_ckpt.entries import EntryInfo
-from flytekit_ckpt.files import file_chunks
-from flytekit_ckpt.folders import folder_size, scan_folder
-from flytekit_ckpt.home import Home
 from flytekit_ckpt.layout import Found
-from flytekit_ckpt.locks import ForkSafeLock, Queue
+from flytekit_ckpt.locks import ForkSafeLock
 from flytekit_ckpt.options import AsyncOptions, check_names
 from flytekit_ckpt.patterns import EVERYTHING, Patterns
-from flytekit_ckpt.pipeline import Callback, Chunk
+from flytekit_ckpt.pipeline import Callback
 from flytekit_ckpt.resumption import Resumption
 from flytekit_ckpt.running import named_uri
-from flytekit_ckpt.snapshots import Snapshot
+from flytekit_ckpt.v2 import background
+from flytekit_ckpt.v2.base import BaseCheckpoint, Savable
+from flytekit_ckpt.v2.destination import Destination
+from flytekit_ckpt.v2.loaded import PayloadPath
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-
-Savable = os.PathLike[str] | str | bytes | bytearray | memoryview
-"""What can be saved: the path of a file or folder, or bytes."""
-
-
-class BaseCheckpoint(ABC):
-    """What a Flyte 2 task can do with its checkpoint (flyte: `flyte.BaseCheckpoint`)."""
-
-    @property
-    @abstractmethod
-    def path(self) -> Path:
-        """Local folder that checkpoints are loaded into."""
-
-    @abstractmethod
-    def prev_exists(self) -> bool:
-        """Tell whether an earlier attempt's checkpoint was named to this one."""
-
-    @abstractmethod
-    async def load(self) -> Path | None:
-        """Load the earlier attempt's checkpoint; see `Checkpoint.load_sync`."""
-
-    @abstractmethod
-    async def save(self, data: Savable) -> None:
-        """Save this attempt's checkpoint; see `Checkpoint.save_sync`."""
-
-    @abstractmethod
-    def load_sync(self) -> Path | None:
-        """Load the earlier attempt's checkpoint, waiting for it; see `Checkpoint.load_sync`."""
-
-    @abstractmethod
-    def save_sync(self, data: Savable) -> None:
-        """Save this attempt's checkpoint, waiting for it; see `Checkpoint.save_sync`."""
 
 
 class Checkpoint(BaseCheckpoint):
@@ -100,10 +66,8 @@ class Checkpoint(BaseCheckpoint):
         self._workspace: Path | None = None
         self._loaded: Path | None = None
         self._lock = ForkSafeLock()
-        self._saves = Queue()
+        self._destination = Destination(self._checkpoint_dest, self._resumption)
         self._background: AsynchronousSaves | None = None
-        # The tree that was saved last.
-        self._saved: layout.Known | None = None
         self._resumption.carry_forward.close_with(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,16 +134,16 @@ class Checkpoint(BaseCheckpoint):
         stays.
         """
         loop, cancelled = asyncio.get_running_loop(), threading.Event()
-        ticket = self._saves.line_up()
+        ticket = self._destination.queue.line_up()
         try:
-            saving = loop.run_in_executor(None, self._save_in_turn, ticket, data, callback, cancelled)
+            saving = loop.run_in_executor(None, self._destination.save_in_turn, ticket, data, callback, cancelled)
         except BaseException:
-            self._saves.leave(ticket)
+            self._destination.queue.leave(ticket)
             raise
         try:
             await asyncio.shield(saving)
         except asyncio.CancelledError:
-            self._saves.cancel(cancelled)
+            self._destination.queue.cancel(cancelled)
             while not saving.done():
                 # Another cancellation changes nothing.
                 with contextlib.suppress(asyncio.CancelledError):
@@ -275,7 +239,7 @@ class Checkpoint(BaseCheckpoint):
         CheckpointError
             If a file shrinks or vanishes while it is being saved; what was stored before stays.
         """
-        self._save_in_turn(self._saves.line_up(), data, callback, threading.Event())
+        self._destination.save_in_turn(self._destination.queue.line_up(), data, callback, threading.Event())
 
     def save_async(self, data: Savable, *, move: bool = False, callback: Callback | None = None) -> Future[None]:
         """Save what something is now, in the background.
@@ -318,7 +282,9 @@ class Checkpoint(BaseCheckpoint):
                 raise layout.not_savable(path)
         else:
             content = layout.as_bytes(data)
-        return self._in_background.save("", lambda: self._frozen(content, is_given=move), content, callback)
+        return self._in_background.save(
+            "", lambda: background.frozen(content, self._checkpoint_dest, is_given=move), content, callback
+        )
 
     def wait_until_finished(self) -> None:
         """Wait until everything is saved that was given to `save_async`.
@@ -335,220 +301,5 @@ class Checkpoint(BaseCheckpoint):
     def _in_background(self) -> AsynchronousSaves:
         with self._lock:
             if self._background is None:
-                self._background = AsynchronousSaves(
-                    self._checkpoint_dest,
-                    self._resumption,
-                    save=_save,
-                    state=lambda: self,
-                    learn=self._learn,
-                    on_disk=_on_disk,
-                    line_up=lambda: _Turn(self._saves),
-                )
-                self._background.prepare()
+                self._background = background.saves_of(self._destination, self._resumption)
             return self._background
-
-    def _learn(self, learnt: tuple[layout.Known | None, Home | None]) -> None:
-        self._saved, home = learnt
-        self._resumption.saved(home)
-
-    def _frozen(self, content: Savable, *, is_given: bool) -> Frozen:
-        if isinstance(content, bytes):
-            return Frozen(content, len(content))
-        assert isinstance(content, Path)
-        exclude = layout.not_into_itself(self._checkpoint_dest)
-        if is_given:
-            snapshot = Snapshot.of_moved(content, exclude)
-        elif content.is_dir():
-            snapshot = Snapshot.of_folder(content, exclude)
-        else:
-            snapshot = Snapshot.of_file(content)
-        return Frozen(snapshot.path, snapshot.size, snapshot)
-
-    def _save_in_turn(
-        self, ticket: object, data: Savable, callback: Callback | None, cancelled: threading.Event
-    ) -> None:
-        try:
-            self._saves.wait_for(ticket, cancelled)
-            if not cancelled.is_set():
-                self._save_now(data, callback, cancelled)
-        finally:
-            self._saves.leave(ticket)
-
-    def _save_now(self, data: Savable, callback: Callback | None, cancelled: threading.Event) -> None:
-        turn = storage.turn(self._checkpoint_dest, self._resumption.settings.timeout, cancelled.is_set)
-        with termination.saving(), self._resumption.carry_forward.paused(), turn as sign:
-            self._resumption.record(self._save(data, callback, cancelled, sign))
-
-    def _save(
-        self, data: Savable, callback: Callback | None, cancelled: threading.Event, sign: Callable[[], None]
-    ) -> storage.Written:
-        def step() -> None:
-            sign()
-            if cancelled.is_set():
-                raise storage.GivenUpError
-
-        settings = replace(self._resumption.settings, cancelled=cancelled)
-        options = replace(self._resumption.put_options, step=step)
-        chunks: Iterable[Chunk]
-        file: Path | None = None
-        if not isinstance(data, (str, os.PathLike)):
-            content = layout.as_bytes(data)
-            chunks, length = [content], len(content)
-        else:
-            path = Path(data)
-            if path.is_dir():
-                return self._save_folder(path, settings, options, callback)
-            if not path.is_file():
-                raise layout.not_savable(path)
-            length = path.stat().st_size
-            file, chunks = path, file_chunks(path, length)
-        self._saved = None
-        return layout.put_payload(
-            self._checkpoint_dest,
-            chunks,
-            settings,
-            size=length,
-            file=file,
-            keep_archives=True,
-            callback=callback,
-            options=options,
-        )
-
-    def _save_folder(
-        self, folder: Path, settings: storage.Settings, options: layout.PutOptions, callback: Callback | None
-    ) -> storage.Written:
-        dest = self._checkpoint_dest
-        exclude = layout.not_into_itself(dest)
-
-        def put(known: layout.Known | None) -> storage.Written:
-            items = archive.unchanged(
-                scan_folder(folder, exclude), known.units if known else [], is_verified=self._resumption.is_verified
-            )
-            written, units = layout.put_tree(
-                dest,
-                items,
-                settings,
-                size=functools.partial(folder_size, folder, exclude),
-                previous=None if known is None else known.previous(settings),
-                callback=callback,
-                options=options,
-            )
-            self._saved = layout.Known(layout.written_uri(dest), written, units)
-            return written
-
-        # Where somebody has replaced or removed what the units lie in, everything is saved anew.
-        with contextlib.suppress(storage.ConflictError):
-            return put(self._saved or self._resumption.loaded())
-        self._saved = None
-        return put(None)
-
-
-class AsyncCheckpoint(Checkpoint):
-    """The checkpoint of one task attempt, all of whose saves are done in the background.
-
-    `save_sync` and `await save()` do as `save_async` does, and return when a snapshot is taken. A cancelled `await
-    save()` may have promised it.
-    """
-
-    def __init__(
-        self,
-        checkpoint_dest: str,
-        checkpoint_src: str | None = None,
-        **options: Unpack[AsyncOptions],
-    ) -> None:
-        super().__init__(checkpoint_dest, checkpoint_src, **options)
-        self._calls = Queue()
-        # So that its process is ready when the first save comes.
-        self._in_background  # noqa: B018
-
-    async def save(self, data: Savable, *, move: bool = False, callback: Callback | None = None) -> None:
-        """Promise a save without blocking the event loop; see `save_async`."""
-        ticket = self._calls.line_up()
-
-        def promise() -> None:
-            try:
-                self._calls.wait_for(ticket, threading.Event())
-                self.save_async(data, move=move, callback=callback)
-            finally:
-                self._calls.leave(ticket)
-
-        await asyncio.get_running_loop().run_in_executor(None, promise)
-
-    def save_sync(self, data: Savable, *, move: bool = False, callback: Callback | None = None) -> None:
-        """Promise a save; see `save_async`."""
-        self.save_async(data, move=move, callback=callback)
-
-
-def _save(
-    checkpoint: Checkpoint, contents: Sequence[Savable], callback: Callback | None = None
-) -> tuple[layout.Known | None, Home | None]:
-    """Save one thing after the other; done in another process."""
-    with layout.in_background():
-        for content in contents:
-            checkpoint._save_now(content, callback, threading.Event())
-    return checkpoint._saved, checkpoint._resumption.home
-
-
-def _on_disk(content: Savable) -> Frozen:
-    if isinstance(content, bytes) and len(content) > SENT_SIZE:
-        snapshot = Snapshot.of_chunks([content], len(content))
-        return Frozen(snapshot.path, snapshot.size, snapshot)
-    return Frozen(content, 0)
-
-
-class _Turn:
-    """A turn among all saves of an instance."""
-
-    def __init__(self, saves: Queue) -> None:
-        self._saves = saves
-        self._ticket = saves.line_up()
-
-    def wait(self) -> None:
-        self._saves.wait_for(self._ticket, threading.Event())
-
-    def leave(self) -> None:
-        self._saves.leave(self._ticket)
-
-
-class PayloadPath(PosixPath):
-    """The path of a loaded payload, `.../payload`; joined with `"payload"` it is itself.
-
-    Flyte's tutorial opens `load_sync() / "payload"`, its API reference says that `load_sync()` is that file.
-    """
-
-    def __truediv__(self, key: str | os.PathLike[str]) -> PayloadPath:
-        return self.joinpath(key)
-
-    def joinpath(self, *others: str | os.PathLike[str]) -> PayloadPath:
-        if others and self.name == os.fspath(others[0]) == layout.PAYLOAD_NAME:
-            others = others[1:]
-        return super().joinpath(*others)
-
-
-def latest_checkpoint(
-    root: Path, glob_pattern: str = "**/last.ckpt", *, key: Callable[[Path], Any] | None = None
-) -> Path | None:
-    """Return the newest match of a pattern in a loaded tree (flyte: `flyte.latest_checkpoint`).
-
-    Parameters
-    ----------
-    root : pathlib.Path
-        The tree, as `Checkpoint.load_sync` returns it.
-    glob_pattern : str, default "**/last.ckpt"
-        As for `pathlib.Path.glob`; `**/` searches every depth.
-    key : callable, optional
-        Ranks a match; its modification time if not given. Of equals, the last path in sorted order is taken.
-
-    Returns
-    -------
-    pathlib.Path or None
-        `None` if nothing matches.
-    """
-    rank = key if key is not None else _modification_time
-    # Sorted by path first, so that max() settles ties by it.
-    matches = sorted(Path(root).glob(glob_pattern), reverse=True)
-    return max(matches, key=rank, default=None)
-
-
-def _modification_time(path: Path) -> float:
-    return path.stat().st_mtime
