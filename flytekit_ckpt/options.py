@@ -13,7 +13,7 @@ StorageOptions = Mapping[str, Any]
 class StateOptions(TypedDict, total=False):
     """Options of whatever is saved; all may be left out.
 
-    Parameters
+    Attributes
     ----------
     storage_options : mapping, optional
         Keyword arguments of the fsspec filesystem, for example `{"endpoint_url": ..., "key": ..., "secret": ...}`. What
@@ -42,7 +42,7 @@ class StateOptions(TypedDict, total=False):
 class CheckpointOptions(StateOptions, total=False):
     """Options of a task attempt's checkpoint, with either API: those of `StateOptions`, and more.
 
-    Parameters
+    Attributes
     ----------
     carry_forward : bool, default True
         Whether the previous checkpoint is carried forward to `checkpoint_dest`, from the moment in which this attempt
@@ -75,7 +75,7 @@ class CheckpointOptions(StateOptions, total=False):
 class AsyncOptions(CheckpointOptions, total=False):
     """Options of a checkpoint that is saved in the background: those of `CheckpointOptions`, and more.
 
-    Parameters
+    Attributes
     ----------
     when_busy : {"latest", "wait"}, default "latest"
         What a save does while an earlier one is under way and another one waits: `"latest"` takes the place of the one
@@ -92,7 +92,7 @@ class AsyncOptions(CheckpointOptions, total=False):
 class InstallOptions(AsyncOptions, total=False):
     """Options of `install`: those of `AsyncOptions`, for the checkpoints of task attempts, and more.
 
-    Parameters
+    Attributes
     ----------
     asynchronous : bool, default False
         Whether task attempts get checkpoints that are saved in the background. The variable
