@@ -8,14 +8,14 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from flytekit_ckpt.members import (
+from flytekit_ckpt.compression import (
     DECOMPRESSION_ERRORS,
     GZIP_MAGIC,
     Decompressor,
     ZlibDecompressor,
     compression_of,
-    stated_length,
 )
+from flytekit_ckpt.members import stated_length
 from flytekit_ckpt.pipeline import Chunk
 
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from flytekit_ckpt import archive
+from flytekit_ckpt import archive, compression, inflation
 from flytekit_ckpt import members as gzip_members
 from flytekit_ckpt.entries import stream_entry
 from flytekit_ckpt.errors import CorruptCheckpointError
@@ -124,8 +124,8 @@ def test_a_large_entry_starts_a_member_and_small_ones_share_one(tmp_path: Path) 
 @pytest.mark.parametrize("engine", ["isal", "zlib"])
 def test_what_does_not_shrink_is_stored(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine == "zlib":
-        monkeypatch.setattr(gzip_members, "deflate", zlib)
-        monkeypatch.setattr(gzip_members, "igzip_lib", None)
+        monkeypatch.setattr(compression, "deflate", zlib)
+        monkeypatch.setattr(compression, "igzip_lib", None)
     noise = random.Random(2).randbytes(3_000_000)
     # Exponents that hardly vary, as in a model's weights: a tenth of the bytes could be saved, and no more.
     weights = bytearray(noise)
@@ -164,8 +164,8 @@ ENGINES = """
 import sys
 from pathlib import Path
 sys.modules.update(dict.fromkeys(sys.argv[1].split()))
-from flytekit_ckpt import archive, folders, members, unpacking
-assert members.deflate.__name__ == ("zlib" if "isal" in sys.argv[1].split() else "isal.isal_zlib")
+from flytekit_ckpt import archive, compression, folders, unpacking
+assert compression.deflate.__name__ == ("zlib" if "isal" in sys.argv[1].split() else "isal.isal_zlib")
 source, made, other, target = map(Path, sys.argv[2:])
 made.write_bytes(b"".join(archive.pack(folders.scan_folder(source))))
 if other.exists():
@@ -196,7 +196,7 @@ def test_an_archive_of_very_many_members_is_read_in_little_memory() -> None:
     """A member more must not leave anything behind: an archive may have a million of them."""
     content = gzip_members.member(memoryview(bytes(100))) * 10_000
     tracemalloc.start()
-    read = sum(map(len, gzip_members.inflated(iter([content]), 8 << 20)))
+    read = sum(map(len, inflation.inflated(iter([content]), 8 << 20)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert read == 1_000_000

@@ -18,7 +18,7 @@ from flytekit_ckpt import (
     CorruptCheckpointError,
     SyncCheckpoint,
     UnsafeCheckpointError,
-    members,
+    compression,
     storage,
 )
 from flytekit_ckpt.storage import PART_SIZE
@@ -65,7 +65,7 @@ def test_a_payloads_checksum_is_kept_with_it(place: Place, tmp_path: Path, conte
     uri = place.uri()
     (tmp_path / "file").write_bytes(content)
     Checkpoint(uri, storage_options=place.options).save_sync(tmp_path / "file")
-    assert described(place, uri) == {"shape": "payload", "crc32": f"{members.crc32(content):08x}"}
+    assert described(place, uri) == {"shape": "payload", "crc32": f"{compression.crc32(content):08x}"}
     assert bytes_at(place, uri) == content
     assert loaded(place, uri) == (content or None)
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flytekit_ckpt import EntryInfo, SyncCheckpoint, storage
+from flytekit_ckpt import EntryInfo, SyncCheckpoint, compression, storage
 from flytekit_ckpt.archive import index, units
 from flytekit_ckpt.entries import stream_entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError
@@ -427,7 +427,7 @@ def test_an_index_that_would_fill_the_memory_does_not(tmp_path: Path) -> None:
     uri = saved(place, make(tmp_path / "source", {"a": b"1"}))
     whole = bytes_at(place, uri)
     start, _ = lies(whole)
-    bomb = units._HEADER.pack(1, (1 << 30)) + units.deflated(bytes(1 << 20))
+    bomb = units._HEADER.pack(1, (1 << 30)) + compression.deflated(bytes(1 << 20))
     content = index._UNIT.pack(0, 12, len(bomb)) + bytes(12) + bomb
     for length in (len(content), 1 << 40):
         end = index._END.pack(index._VERSION, start, length, crc32(content))

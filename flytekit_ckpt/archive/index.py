@@ -13,8 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from flytekit_ckpt.archive.units import Unit
+from flytekit_ckpt.compression import crc32
 from flytekit_ckpt.errors import CorruptCheckpointError
-from flytekit_ckpt.members import MEMBER_SIZE, NOTE_SIZE, crc32, inflated, note, note_size, noted
+from flytekit_ckpt.inflation import inflated
+from flytekit_ckpt.members import MEMBER_SIZE, NOTE_SIZE, note, note_size, noted
 from flytekit_ckpt.pipeline import Range
 
 INDEX_LIMIT = 32 << 20

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from flytekit_ckpt.archive import index
 from flytekit_ckpt.archive.reuse import Compared, Unchanged
 from flytekit_ckpt.archive.units import Member, Unit
+from flytekit_ckpt.compression import byte_sum, crc32
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.files import OpenFile, file_content
-from flytekit_ckpt.members import MEMBER_SIZE, byte_sum, crc32, member, stated_crc32
+from flytekit_ckpt.members import MEMBER_SIZE, member, stated_crc32
 from flytekit_ckpt.pipeline import MEMORY_BUDGET, Range, in_order, processors
 
 LARGE_ENTRY = MEMBER_SIZE // 4

@@ -11,7 +11,7 @@ import re
 import struct
 import tarfile
 
-from flytekit_ckpt.members import byte_sum
+from flytekit_ckpt.compression import byte_sum
 
 _BLOCK = tarfile.BLOCKSIZE
 

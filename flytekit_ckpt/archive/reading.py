@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, cast
 from flytekit_ckpt.archive.plain_headers import read_plain
 from flytekit_ckpt.entries import Entry, safe_name
 from flytekit_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from flytekit_ckpt.members import ByteStream, inflated
+from flytekit_ckpt.inflation import ByteStream, inflated
 from flytekit_ckpt.pipeline import CHUNK_SIZE, MEMORY_BUDGET, Chunk
 
 if TYPE_CHECKING:

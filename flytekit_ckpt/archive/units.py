@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from flytekit_ckpt.compression import deflated, inflated_exactly
 from flytekit_ckpt.entries import KINDS, Entry, EntryInfo
 from flytekit_ckpt.errors import CorruptCheckpointError
-from flytekit_ckpt.members import MEMBER_LIMIT, deflated, inflated_exactly
+from flytekit_ckpt.members import MEMBER_LIMIT
 
 LISTING_LIMIT = 4 << 20
 """Bytes that a unit's listing may take: an entry's header takes more of a member, so that no unit's is larger."""

@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from flytekit_ckpt import archive, members, storage
+from flytekit_ckpt import archive, inflation, storage
 from flytekit_ckpt.archive import Unit
+from flytekit_ckpt.compression import crc32
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CorruptCheckpointError, StorageError, UnsafeCheckpointError
 from flytekit_ckpt.layout.locations import located, written_uri
@@ -146,7 +147,7 @@ def meaning(uri: str, stored: storage.Stored, content: Iterator[Chunk], settings
         return None
     if kind is Kind.GZIP and shape is None:
         # Perhaps the beginning of an archive is damaged: then it is damaged as a gzip file too.
-        chunks = members.intact(chunks)
+        chunks = inflation.intact(chunks)
     if kind in (Kind.OTHER, Kind.GZIP, Kind.ZEROS):
         return Payload(stored.size, _exactly(uri, chunks, stored.size), stored.version, stored.metadata)
     entries = _named(uri, archive.read(chunks, memory=settings.share))
@@ -167,7 +168,7 @@ def _checked(uri: str, chunks: Iterator[Chunk], stated: str) -> Iterator[Chunk]:
     """Pass an object's bytes on, and compare their checksum with the one that was kept with them."""
     crc = 0
     for chunk in chunks:
-        crc = members.crc32(chunk, crc)
+        crc = crc32(chunk, crc)
         yield chunk
     if f"{crc:08x}" != stated:
         message = f"its bytes are not those that were saved (their CRC-32 is {crc:08x}, not {stated}). {_replaced(uri)}"

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from flytekit_ckpt import archive, members, storage
+from flytekit_ckpt import archive, storage
 from flytekit_ckpt.archive import Item, Unit
+from flytekit_ckpt.compression import crc32
 from flytekit_ckpt.entries import PAYLOAD_KEY, stream_entry
 from flytekit_ckpt.errors import CheckpointError
 from flytekit_ckpt.files import file_chunks
@@ -116,7 +117,7 @@ class _Checksum:
 
     def of(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         for chunk in chunks:
-            self._crc = members.crc32(chunk, self._crc)
+            self._crc = crc32(chunk, self._crc)
             self._seen += len(chunk)
             # What comes in one chunk is known before it is sent.
             self._is_complete = self._seen == self._size
@@ -132,7 +133,7 @@ class _Checksum:
         if self._file is None or self._size is None or self._size > READ_TWICE:
             # A stream is gone once it is sent, and to read a large file twice would take too long.
             return {SHAPE: "payload"}
-        self._told = functools.reduce(lambda crc, chunk: members.crc32(chunk, crc), self._chunks_again(), 0)
+        self._told = functools.reduce(lambda crc, chunk: crc32(chunk, crc), self._chunks_again(), 0)
         return {SHAPE: "payload", CRC32: f"{self._told:08x}"}
 
     def _chunks_again(self) -> Iterator[Chunk]:
@@ -266,7 +267,7 @@ def _summed(chunks: Iterable[Chunk | Range], crc: list[int]) -> Iterator[Chunk |
         if isinstance(chunk, Range):
             crc.clear()
         elif crc:
-            crc[0] = members.crc32(chunk, crc[0])
+            crc[0] = crc32(chunk, crc[0])
         yield chunk
 
 

@@ -9,7 +9,7 @@ import io
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from flytekit_ckpt import members
+from flytekit_ckpt import compression
 from flytekit_ckpt.storage import forks
 from flytekit_ckpt.storage.objects import Anything, Metadata, Replaced
 
@@ -33,7 +33,7 @@ async def send_request(filesystem: Any, method: str, headers: Mapping[str, str],
         _headers.set(headers)
         if "Body" in arguments and _wants_checksum(filesystem, client):
             # botocore's own takes twenty times as long, while all connections wait.
-            crc = members.crc32(arguments["Body"])
+            crc = compression.crc32(arguments["Body"])
             arguments["ChecksumCRC32"] = base64.b64encode(crc.to_bytes(4, "big")).decode()
     return await filesystem._call_s3(method, **arguments)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flytekit_ckpt import layout, members, restoration, unpacking
+from flytekit_ckpt import inflation, layout, restoration, unpacking
 from flytekit_ckpt.errors import CorruptCheckpointError
 from tests import limits
 from tests.fuzz import check, corpus
@@ -91,7 +91,7 @@ def test_a_link_that_leads_out_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_damage_that_restores_something_else_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     content, _ = check.good()[0]
-    monkeypatch.setattr(members, "_inflate_member", lambda pieces: zlib.decompress(b"".join(pieces)[20:-8], -15))
+    monkeypatch.setattr(inflation, "inflated_member", lambda member: zlib.decompress(member[20:-8], -15))
     at = next(at for at in range(60, len(content)) if is_wrong_when_changed(at))
     assert at > 60
 
