@@ -25,6 +25,7 @@ import click
 import data
 import numpy as np
 
+from flytekit_ckpt.entries import SETTLED_NS
 from flytekit_ckpt.v2 import Checkpoint
 
 HERE = Path(__file__).parent
@@ -87,6 +88,8 @@ def one_round(measured: Measured, source: Path, root: str, scale: float) -> None
     trainer = Checkpoint(f"{root}/trainer")
     for number in range(4):
         shutil.copytree(state, grown / f"checkpoint-{number}")
+        # Training goes on, and the files become old enough for their times to be trusted.
+        time.sleep(SETTLED_NS / 1e9)
         trainer.save_sync(grown)
     shutil.copytree(state, grown / "checkpoint-4")
     measure(measured, "one new checkpoint beside four that were saved", lambda: trainer.save_sync(grown))

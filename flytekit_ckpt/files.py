@@ -18,6 +18,10 @@ COPY_SIZE = 64 << 20
 """Bytes that the file system is asked to copy at a time."""
 
 
+BLOCK_SIZE = 4 << 10
+"""Bytes of a file system's block, of most of them."""
+
+
 class OpenFile:
     """A regular file that several threads read at once, closed when the last of them lets go of it.
 
@@ -124,11 +128,13 @@ def copy_part(source: int, target: int, part: Range) -> int:
     done = 0
     while done < part.length:
         offset = part.start + done
+        # Blocks that are whole are not copied where a file system can share them.
+        size = min(-offset % BLOCK_SIZE or COPY_SIZE, part.length - done)
         try:
-            count = os.copy_file_range(source, target, min(COPY_SIZE, part.length - done), offset)
+            count = os.copy_file_range(source, target, size, offset)
         except (AttributeError, OSError):
             # Not on this system, or not between these two files; a disk that fails will fail here too.
-            count = os.write(target, os.pread(source, min(CHUNK_SIZE, part.length - done), offset))
+            count = os.write(target, os.pread(source, min(CHUNK_SIZE, size), offset))
         if not count:
             message = f"the file ends at {offset}"
             raise EOFError(message)

@@ -11,10 +11,8 @@ from flytekit_ckpt.errors import CorruptCheckpointError
 from flytekit_ckpt.members import (
     HEADER_SIZE,
     MEMBER_SIZE,
-    NOTE_SIZE,
     inflated_member,
-    is_note,
-    note_size,
+    note_length,
     noted,
     stated_length,
 )
@@ -92,10 +90,10 @@ def _members(source: ByteStream) -> Iterator[tuple[int, list[memoryview]]]:
         header = source.peek(HEADER_SIZE)
         length = stated_length(header)
         if not length:
-            found = noted(source.peek(note_size(NOTE_SIZE))) if is_note(header) else None
-            if found is None:
+            length = note_length(header)
+            if not length or noted(source.peek(length)) is None:
                 return
-            for _ in source.pieces(note_size(len(found))):
+            for _ in source.pieces(length):
                 pass
             continue
         pieces = list(source.pieces(length))

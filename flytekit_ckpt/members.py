@@ -124,9 +124,12 @@ def note_size(length: int) -> int:
     return _NOTE_HEADER.size + length + len(_NOTE_BODY)
 
 
-def is_note(header: bytes) -> bool:
-    """Tell whether what begins with `HEADER_SIZE` bytes may be a note."""
-    return header.startswith(GZIP_MAGIC) and header[12:14] == _NOTE_MARK
+def note_length(header: bytes) -> int:
+    """The length of the note that `HEADER_SIZE` bytes may begin, 0 for anything else."""
+    if len(header) < _NOTE_HEADER.size or not header.startswith(GZIP_MAGIC):
+        return 0
+    *_, mark, length = _NOTE_HEADER.unpack_from(header)
+    return note_size(length) if mark == _NOTE_MARK else 0
 
 
 def noted(start: bytes) -> bytes | None:

@@ -35,6 +35,8 @@ def packed(items: Iterator[Entry | Unit], old: bytes, small: int = 8000) -> tupl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archive.packing, "MEMBER_SIZE", small)
         patch.setattr(archive.packing, "LARGE_ENTRY", small // 4)
+        patch.setattr(archive.units, "ALIGNED_SIZE", small // 8)
+        patch.setattr(archive.units, "ALIGNMENT", 512)
         chunks = [
             old[chunk.start : chunk.start + chunk.length] if isinstance(chunk, Range) else chunk
             for chunk in archive.pack(items, record=units.append)
@@ -84,7 +86,8 @@ def test_parts_merge_name_by_name_whether_units_are_carried_or_not(
     assert all(unit.first != unit.last for unit in opened)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         assert {entry.name for entry in tar} == wanted.keys()
-    assert [unit.start for unit in units] == [0, *(unit.start + unit.length for unit in units)][:-1]
+    assert [unit.start - unit.gap for unit in units] == [0, *(unit.end for unit in units)][:-1]
+    assert all(unit.start % 512 == 0 for unit in units if unit.members[0].length >= 1000)
 
 
 def test_a_part_that_shares_a_unit_with_another_is_replaced_alone(tmp_path: Path) -> None:

@@ -90,9 +90,12 @@ def test_what_is_packed_other_programs_unpack(tree: Tree) -> None:
 
 
 def members(content: bytes) -> Iterator[bytes]:
-    """Follow the lengths that the members state, up to the index."""
+    """Follow the lengths that the members state, past the notes between them and behind."""
     start = 0
-    while content[start + 12 : start + 14] != b"FI":
+    while start < len(content):
+        if content[start + 12 : start + 14] == b"FI":
+            start += 26 + struct.unpack_from("<H", content, start + 14)[0]
+            continue
         assert content[start : start + 4] == b"\x1f\x8b\x08\x04"
         length = struct.unpack_from("<I", content, start + 16)[0]
         yield content[start : start + length]

@@ -294,6 +294,17 @@ def test_an_archive_is_taken_for_the_same_only_if_it_is(
         pytest.fail("it is the same")
 
 
+@both
+def test_what_is_gone_does_not_stay_as_the_gap_before_what_follows(place: Place, tmp_path: Path, maker: Maker) -> None:
+    """Of a few bytes, it may be as long as the note that takes its place."""
+    folder = make(tmp_path / "folder", {"a": CHOSEN.randbytes(LARGE), "b": b"b", "c": CHOSEN.randbytes(LARGE)})
+    checkpoint = maker(place, uri := place.uri())
+    save(checkpoint, folder)
+    (folder / "b").unlink()
+    save(checkpoint, folder)
+    assert look(load(maker(place, place.uri(), uri))) == look(folder)
+
+
 @pytest.mark.parametrize("second", [b"member", Range(13, 47)])
 def test_of_an_archive_that_differs_no_more_is_kept_than_two_members(second: bytes | Range) -> None:
     chunks = iter([Range(0, 10), b"new", second, b"more", *END])
@@ -556,6 +567,8 @@ class Saves(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(packing, "MEMBER_SIZE", 16 << 10)
         self.patch.setattr(packing, "LARGE_ENTRY", 4 << 10)
+        self.patch.setattr(units, "ALIGNED_SIZE", 2 << 10)
+        self.patch.setattr(units, "ALIGNMENT", 512)
         self.expected: dict[str, tuple[object, ...]] | None = None
         self.attempt = 0
 

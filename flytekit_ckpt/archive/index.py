@@ -129,7 +129,7 @@ def decoded(found: bytes) -> list[Unit] | None:
     if any(unit.last >= following.first for unit, following in itertools.pairwise(units)):
         return None
     # What no unit holds is the end of the archive, and nothing else.
-    rest = end.start - sum(unit.length for unit in units)
+    rest = end.start - (units[-1].end if units else 0)
     return units if 0 < rest <= _END_OF_ARCHIVE_LIMIT and _is_end(found[: len(found) - end.size][-rest:]) else None
 
 
@@ -141,7 +141,7 @@ def _is_end(member: bytes) -> bool:
 
 
 def _units(content: bytes) -> Iterator[Unit]:
-    position = start = 0
+    position = end = 0
     while position < len(content):
         fields: list[bytes] = []
         lengths = _UNIT.unpack_from(content, position)
@@ -150,6 +150,6 @@ def _units(content: bytes) -> Iterator[Unit]:
             fields.append(content[position : position + length])
             position += length
         labels, members, entries = fields
-        unit = Unit.packed(frozenset(labels.decode().split("\0")), start, members, entries)
-        start += unit.length
+        unit = Unit.packed(frozenset(labels.decode().split("\0")), end, members, entries)
+        end = unit.end
         yield unit

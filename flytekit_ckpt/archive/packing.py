@@ -10,11 +10,11 @@ import functools
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from flytekit_ckpt.archive import index
 from flytekit_ckpt.archive.reuse import Compared, Unchanged
-from flytekit_ckpt.archive.units import Member, Unit
+from flytekit_ckpt.archive.units import Member, Unit, filled, gap
 from flytekit_ckpt.compression import byte_sum, crc32
 from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.errors import CheckpointError
@@ -61,42 +61,72 @@ def pack(
     """
     plans = ((_cost(plan), plan) for plan in _Planner().plans(items))
     threads = min(processors(), max(1, memory // (4 * MEMBER_SIZE)))
-    position = 0
-    units: list[Unit] = []
-
-    def add(unit: Unit) -> None:
-        nonlocal position
-        units.append(unit)
-        record(unit)
-        position += unit.length
-
+    made = _Made(record)
     entries: list[Entry] = []
     members: list[Member] = []
     for plan, data in in_order(_Packer(), plans, threads=threads, memory=memory):
         if members and (not isinstance(plan, _Plan) or not plan.continues):
-            add(Unit.of(position, entries, members))
+            made.add(Unit.of(made.end, entries, members))
             entries, members = [], []
         if not isinstance(plan, _Plan):
             unit = plan.unit if isinstance(plan, Unchanged) else plan
-            yield Range(unit.start, unit.length)
-            add(replace(unit, start=position))
+            placed = unit.placed(made.end)
+            yield from made.carried(unit.start, unit.length, unit.gap, placed.gap)
+            made.add(placed)
             progress(plan.size if isinstance(plan, Unchanged) else 0)
             continue
         progress(plan.content)
         entries += plan.entries
         if plan.earlier is not None and data is None:
+            space = 0 if members else gap(made.end, plan.earlier.length)
             members.append(plan.earlier)
-            yield Range(plan.earlier_start, plan.earlier.length)
+            yield from made.carried(plan.earlier_start, plan.earlier.length, plan.earlier_gap, space)
             continue
         assert data is not None
+        space = 0 if members else gap(made.end, len(data))
         members.append(Member(len(data), plan.size, stated_crc32(data)))
-        yield data
+        yield from made.new(data, space)
     if members:
-        add(Unit.of(position, entries, members))
+        made.add(Unit.of(made.end, entries, members))
     end = end_of_archive()
     yield end
     if is_indexed:
-        yield from index.encoded(units, position + len(end))
+        yield from index.encoded(made.units, made.end + len(end))
+
+
+class _Made:
+    """What has been made of an archive: its units, and its chunks one after the other."""
+
+    def __init__(self, record: Callable[[Unit], object]) -> None:
+        self.units: list[Unit] = []
+        self.end = 0
+        self._record = record
+        # Where the last chunk ends in the earlier archive, if it was carried over.
+        self._earlier_end = -1
+
+    def add(self, unit: Unit) -> None:
+        """Take a unit of which all chunks have been given."""
+        self.units.append(unit)
+        self._record(unit)
+        self.end = unit.end
+
+    def carried(self, start: int, length: int, earlier_gap: int, space: int) -> Iterator[bytes | Range]:
+        """Give what is carried over from the earlier archive, behind a gap."""
+        if space == earlier_gap and self._earlier_end == start - space:
+            # As what was before it was carried over too, so is the note between them.
+            yield Range(start - space, space + length)
+        else:
+            if space:
+                yield filled(space)
+            yield Range(start, length)
+        self._earlier_end = start + length
+
+    def new(self, data: bytes, space: int) -> Iterator[bytes]:
+        """Give a new member, behind a gap."""
+        if space:
+            yield filled(space)
+        yield data
+        self._earlier_end = -1
 
 
 def end_of_archive() -> bytes:
@@ -135,7 +165,7 @@ class _Plan:
     entries : list of Entry
         Those that begin in it.
     earlier : Member, optional
-        The member of an earlier archive that it may be the same as, and where that lies.
+        The member of an earlier archive that it may be the same as, where that lies, and behind which gap.
     """
 
     continues: bool = False
@@ -145,6 +175,7 @@ class _Plan:
     entries: list[Entry] = field(default_factory=list)
     earlier: Member | None = None
     earlier_start: int = 0
+    earlier_gap: int = 0
 
     def add(self, piece: bytes | memoryview | _Slice) -> None:
         self.pieces.append(piece)
@@ -191,6 +222,7 @@ class _Planner:
         start = item.unit.start
         for number, earlier in enumerate(members):
             plan = _Plan(number > 0, earlier=earlier, earlier_start=start)
+            plan.earlier_gap = 0 if number else item.unit.gap
             plan.entries = [] if number else item.entries
             while plan.size < earlier.size:
                 piece, is_content = pieces.popleft()

@@ -12,10 +12,16 @@ from typing import NamedTuple
 from flytekit_ckpt.compression import deflated, inflated_exactly
 from flytekit_ckpt.entries import KINDS, Entry, EntryInfo
 from flytekit_ckpt.errors import CorruptCheckpointError
-from flytekit_ckpt.members import MEMBER_LIMIT
+from flytekit_ckpt.members import MEMBER_LIMIT, note, note_size
 
 LISTING_LIMIT = 4 << 20
 """Bytes that a unit's listing may take: an entry's header takes more of a member, so that no unit's is larger."""
+
+ALIGNMENT = 4 << 10
+"""Bytes of a block of most file systems: some share the blocks of two files, if they begin with one in both."""
+
+ALIGNED_SIZE = 256 << 10
+"""Bytes of a unit's first member from which on the unit begins with a block: a note fills the gap before it."""
 
 # Numbers of the entries, bytes of their names.
 _HEADER = struct.Struct("<II")
@@ -53,6 +59,8 @@ class Unit:
         Labels of the parts that the entries came from.
     start : int
         Where the members lie in the archive, in bytes.
+    gap : int
+        Bytes of the note before them.
     packed_members : bytes
         The members; see `members`.
     packed_entries : bytes
@@ -65,19 +73,22 @@ class Unit:
     last: list[str]
     parts: frozenset[str]
     start: int
+    gap: int
     length: int
     packed_members: bytes
     packed_entries: bytes
     seen: bytes = b""
 
     @classmethod
-    def of(cls, start: int, entries: Sequence[Entry], members: Sequence[Member]) -> Unit:
-        """Describe some members by what has been packed into them."""
+    def of(cls, position: int, entries: Sequence[Entry], members: Sequence[Member]) -> Unit:
+        """Describe members at a position, or behind the gap there, by what has been packed into them."""
+        space = gap(position, members[0].length)
         return cls(
             entries[0].sort_key,
             entries[-1].sort_key,
             frozenset(entry.part for entry in entries),
-            start,
+            position + space,
+            space,
             sum(member.length for member in members),
             b"".join(_MEMBER.pack(*member) for member in members),
             _listing(entries),
@@ -85,15 +96,15 @@ class Unit:
         )
 
     @classmethod
-    def packed(cls, parts: frozenset[str], start: int, packed_members: bytes, packed_entries: bytes) -> Unit:
-        """Take a unit as it was described.
+    def packed(cls, parts: frozenset[str], position: int, packed_members: bytes, packed_entries: bytes) -> Unit:
+        """Take a unit as it was described, at a position or behind the gap there.
 
         Raises
         ------
         CorruptCheckpointError
             If the description is damaged.
         """
-        unit = cls([], [], parts, start, 0, packed_members, packed_entries)
+        unit = cls([], [], parts, position, 0, 0, packed_members, packed_entries)
         keys = [entry.name.split("/") for entry in unit.entries()]
         if any(key >= following for key, following in itertools.pairwise(keys)):
             raise _damaged()
@@ -101,9 +112,20 @@ class Unit:
             members = unit.members
         except struct.error as error:
             raise _damaged() from error
-        if any(member.size > MEMBER_LIMIT for member in members):
+        if not members or any(member.size > MEMBER_LIMIT for member in members):
             raise _damaged()
-        return replace(unit, first=keys[0], last=keys[-1], length=sum(member.length for member in members))
+        length = sum(member.length for member in members)
+        return replace(unit.placed(position), first=keys[0], last=keys[-1], length=length)
+
+    def placed(self, position: int) -> Unit:
+        """Give the unit as it is in another archive, at a position or behind the gap there."""
+        space = gap(position, _MEMBER.unpack_from(self.packed_members)[0])
+        return replace(self, start=position + space, gap=space)
+
+    @property
+    def end(self) -> int:
+        """Where what follows in the archive begins."""
+        return self.start + self.length
 
     @property
     def members(self) -> list[Member]:
@@ -133,6 +155,18 @@ class Unit:
             if kind is None:
                 raise _damaged()
             yield EntryInfo(name, kind, numbers[index], numbers[count + index])
+
+
+def gap(position: int, length: int) -> int:
+    """Give the bytes of the note before a unit whose first member has a length, where it would begin at a position."""
+    if length < ALIGNED_SIZE or not position % ALIGNMENT:
+        return 0
+    return note_size(0) + -(position + note_size(0)) % ALIGNMENT
+
+
+def filled(gap: int) -> bytes:
+    """Make the note that fills a gap; nothing for none."""
+    return note(bytes(gap - note_size(0))) if gap else b""
 
 
 def seen(entries: Sequence[Entry]) -> bytes:
