@@ -71,7 +71,7 @@ def pack(
         if not isinstance(plan, _Plan):
             unit = plan.unit if isinstance(plan, Unchanged) else plan
             placed = unit.placed(made.end)
-            yield from made.carried(unit.start, unit.length, unit.gap, placed.gap)
+            yield from _carried(unit.start, unit.length, unit.gap, placed.gap)
             made.add(placed)
             progress(plan.size if isinstance(plan, Unchanged) else 0)
             continue
@@ -80,12 +80,14 @@ def pack(
         if plan.earlier is not None and data is None:
             space = 0 if members else gap(made.end, plan.earlier.length)
             members.append(plan.earlier)
-            yield from made.carried(plan.earlier_start, plan.earlier.length, plan.earlier_gap, space)
+            yield from _carried(plan.earlier_start, plan.earlier.length, plan.earlier_gap, space)
             continue
         assert data is not None
         space = 0 if members else gap(made.end, len(data))
         members.append(Member(len(data), plan.size, stated_crc32(data)))
-        yield from made.new(data, space)
+        if space:
+            yield filled(space)
+        yield data
     if members:
         made.add(Unit.of(made.end, entries, members))
     end = end_of_archive()
@@ -95,14 +97,12 @@ def pack(
 
 
 class _Made:
-    """What has been made of an archive: its units, and its chunks one after the other."""
+    """What has been made of an archive."""
 
     def __init__(self, record: Callable[[Unit], object]) -> None:
         self.units: list[Unit] = []
         self.end = 0
         self._record = record
-        # Where the last chunk ends in the earlier archive, if it was carried over.
-        self._earlier_end = -1
 
     def add(self, unit: Unit) -> None:
         """Take a unit of which all chunks have been given."""
@@ -110,23 +110,16 @@ class _Made:
         self._record(unit)
         self.end = unit.end
 
-    def carried(self, start: int, length: int, earlier_gap: int, space: int) -> Iterator[bytes | Range]:
-        """Give what is carried over from the earlier archive, behind a gap."""
-        if space == earlier_gap and self._earlier_end == start - space:
-            # As what was before it was carried over too, so is the note between them.
-            yield Range(start - space, space + length)
-        else:
-            if space:
-                yield filled(space)
-            yield Range(start, length)
-        self._earlier_end = start + length
 
-    def new(self, data: bytes, space: int) -> Iterator[bytes]:
-        """Give a new member, behind a gap."""
-        if space:
-            yield filled(space)
-        yield data
-        self._earlier_end = -1
+def _carried(start: int, length: int, earlier_gap: int, space: int) -> Iterator[bytes | Range]:
+    """Give what is carried over from an earlier archive, behind a gap."""
+    if space == earlier_gap:
+        # So the note is the same too. What follows each other in both archives is one range then.
+        yield Range(start - space, space + length)
+        return
+    if space:
+        yield filled(space)
+    yield Range(start, length)
 
 
 def end_of_archive() -> bytes:

@@ -165,8 +165,8 @@ def gap(position: int, length: int) -> int:
 
 
 def filled(gap: int) -> bytes:
-    """Make the note that fills a gap; nothing for none."""
-    return note(bytes(gap - note_size(0))) if gap else b""
+    """Make the note that fills a gap."""
+    return note(bytes(gap - note_size(0)))
 
 
 def seen(entries: Sequence[Entry]) -> bytes:
