@@ -11,6 +11,9 @@ from flytekit_ckpt.entries import Entry
 from flytekit_ckpt.members import noted
 from flytekit_ckpt.pipeline import Chunk, Range
 
+RUN = 64 << 20
+"""Bytes of ranges that are made one, if they follow each other: a large checkpoint has very many."""
+
 
 @dataclass(frozen=True)
 class Unchanged:
@@ -109,21 +112,27 @@ def repeated(chunks: Iterator[Chunk | Range], size: int) -> tuple[bytes | None, 
     bytes or None
         What that one must end with, for both to be the same; `None` if they cannot be.
     iterator of bytes or Range
-        The archive again, of which no more has been taken than its first new member.
+        The archive again, of which no more has been taken than its first new member, perhaps in larger ranges.
     """
-    taken: list[Chunk | Range] = []
+    carried: list[Range] = []
     end: list[Chunk] = []
     position = 0
     for chunk in chunks:
-        taken.append(chunk)
         if isinstance(chunk, Range):
             may_be = not end and chunk.start == position
-            position += chunk.length
         else:
             # One member ends the archive, and behind it is its index.
             may_be = not end or noted(bytes(chunk)) is not None
+        if not may_be:
+            return None, itertools.chain(carried, end, [chunk], chunks)
+        if not isinstance(chunk, Range):
             end.append(chunk)
             position += len(chunk)
-        if not may_be:
-            return None, itertools.chain(taken, chunks)
-    return b"".join(end) if position == size else None, iter(taken)
+            continue
+        position += chunk.length
+        if carried and carried[-1].length < RUN:
+            last = carried.pop()
+            carried.append(Range(last.start, last.length + chunk.length))
+        else:
+            carried.append(chunk)
+    return b"".join(end) if position == size else None, itertools.chain(carried, end)

@@ -244,7 +244,9 @@ def _put(
         if previous is not None and end is not None and _is_there(target, previous.written, end, described()):
             written = previous.written
         else:
-            written = target.put(content, size=size, previous=previous, describe=described, replaced=options.replaced)
+            # What has been taken already is not written yet.
+            stored = _with_steps(content, options.step)
+            written = target.put(stored, size=size, previous=previous, describe=described, replaced=options.replaced)
     Event("saved", shape, written.size, time.perf_counter() - started, storage.public(target.uri)).log()
     return replace(written, crc32=f"{crc[0]:08x}") if crc else written
 
