@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
+import stat
 import struct
 import threading
 from collections import Counter
@@ -268,12 +270,44 @@ def serve(endpoint: str, *, rate: float = 0.0, seed: int = 0, kinds: Sequence[st
         target=lambda: loop.run_until_complete(proxy.run(started.set, stopped)), name="proxy", daemon=True
     )
     thread.start()
+    ports = None
     try:
         if not started.wait(10):
             message = "the proxy did not start"
             raise RuntimeError(message)
+        ports = URL(proxy.endpoint).port, URL(endpoint).port
+        _running.append(ports)
         yield proxy
     finally:
+        if ports is not None:
+            _running.remove(ports)
         loop.call_soon_threadsafe(stopped.set)
         thread.join()
         loop.close()
+
+
+# The port of each that runs in this process, and that of its server.
+_running: list[tuple[int | None, int | None]] = []
+
+
+def _leave_to_parent() -> None:
+    """Close a forked process's copies of the proxies' connections: none ends while somebody has it open."""
+    for name in os.listdir("/proc/self/fd") if _running else ():
+        number = int(name)
+        # The one that lists them is closed by now.
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
+            connection = socket.socket(fileno=number)
+            try:
+                is_proxys = connection.family == socket.AF_INET and any(
+                    connection.getsockname()[1] == ours or connection.getpeername()[1] == servers
+                    for ours, servers in _running
+                )
+            finally:
+                connection.detach()
+            if is_proxys:
+                os.close(number)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +118,7 @@ class State:
         self.at = state["at"]
 
 
-def soak(place: Place, folder: Path, *, seconds: float, seed: int = 0) -> Iterator[Sample]:
+def soak(place: Place, folder: Path, *, seconds: float, seed: int = 0) -> Generator[Sample]:
     """Run tasks side by side in this process, and give a sample after every attempt of all of them."""
     tasks = [Task(place, folder, seed + number) for number in range(TASKS)]
     end = time.monotonic() + seconds
