@@ -80,7 +80,7 @@ def main(rounds: int, count: int, size: int) -> None:
         large = taken(
             {f"{name} {way}": job for name, client in clients.items() for way, job in ways(client)[2:] if job}, rounds
         )
-    heads = ("", *("put 100 bytes", "get 100 bytes"), *(f"{way} {size} MB (CPU, server's)" for way in ("put", "get")))
+    heads = ("", "put 100 bytes", "get 100 bytes", *(f"{way} {size} MB (CPU, server's)" for way in ("put", "get")))
     print(f"| {' | '.join((*heads, 'import'))} |\n{'|---' * 6}|")
     nothing = imported("pass", rounds)
     for name, client in clients.items():
@@ -101,12 +101,12 @@ def taken(jobs: dict[str, Any], count: int) -> dict[str, tuple[float, ...]]:
     measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in jobs}
     for number in range(count + 1):
         for name, job in jobs.items():
-            before = (time.perf_counter(), time.process_time(), servers_cpu())
+            servers, before = servers_cpu(), (time.perf_counter(), time.process_time())
             job()
             # The first one connects.
             if number:
                 after = (time.perf_counter(), time.process_time(), servers_cpu())
-                measured[name].append(tuple(map(operator.sub, after, before)))
+                measured[name].append(tuple(map(operator.sub, after, (*before, servers))))
     return {name: tuple(map(statistics.median, zip(*found, strict=True))) for name, found in measured.items()}
 
 
