@@ -240,13 +240,13 @@ def _put(
         content: Iterator[Chunk | Range] = passing
         end = None
         if previous is not None and previous.object.uri == target.uri:
-            end, content = archive.repeated(content, previous.written.size)
+            end, kept = archive.repeated(content, previous.written.size)
+            # What has been taken already is not written yet.
+            content = _with_steps(kept, options.step)
         if previous is not None and end is not None and _is_there(target, previous.written, end, described()):
             written = previous.written
         else:
-            # What has been taken already is not written yet.
-            stored = _with_steps(content, options.step)
-            written = target.put(stored, size=size, previous=previous, describe=described, replaced=options.replaced)
+            written = target.put(content, size=size, previous=previous, describe=described, replaced=options.replaced)
     Event("saved", shape, written.size, time.perf_counter() - started, storage.public(target.uri)).log()
     return replace(written, crc32=f"{crc[0]:08x}") if crc else written
 
